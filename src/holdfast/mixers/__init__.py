@@ -1,1 +1,31 @@
+"""Token mixers: the layers that move information between tokens, by name.
 
+A new mixer is one file and one line here.
+"""
+
+from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer
+from holdfast.mixers.gated_deltanet import GatedDeltaNet
+from holdfast.mixers.layout import TokenLayout
+from holdfast.mixers.learned_eviction import LearnedEviction
+from holdfast.mixers.softmax_attention import FullAttention, SlidingAttention
+from holdfast.mixers.state import MixerState
+
+MIXERS: dict[str, type[TokenMixer]] = {
+    "gated_deltanet": GatedDeltaNet,
+    "full_attention": FullAttention,
+    "sliding_attention": SlidingAttention,
+    "learned_eviction": LearnedEviction,
+}
+
+__all__ = [
+    "MIXERS",
+    "FullAttention",
+    "GatedDeltaNet",
+    "LearnedEviction",
+    "MixerOptions",
+    "MixerOutput",
+    "MixerState",
+    "SlidingAttention",
+    "TokenLayout",
+    "TokenMixer",
+]

@@ -1,0 +1,136 @@
+"""The memory of a model during generation: one state per mixer, and how many tokens each row has seen."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from holdfast.mixers import MIXERS, MixerState
+
+if TYPE_CHECKING:
+    from holdfast.configuration import HybridConfig
+
+
+class HybridCache(Cache):
+    """What a model remembers. It is a value: measured in bytes, copied, saved, restored, reordered, selected by rows.
+
+    Args:
+        config: of the model. States are allocated at the first forward pass, or by `allocate`.
+
+    Attributes:
+        layers: one `MixerState` per layer.
+        seen: [B] int64, real tokens of each row so far (pads do not count); None before the first token.
+    """
+
+    layers: list[MixerState]
+
+    def __init__(self, config: HybridConfig) -> None:
+        assert config.mixers is not None
+        states = [MIXERS[name].make_state(config.options_for(name)) for name in config.mixers]
+        super().__init__(layers=states)  # type: ignore[arg-type]
+        self.seen: Tensor | None = None
+
+    def allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Allocate every state for `batch_size` rows. A no-op where they exist.
+
+        Raises:
+            ValueError: if the cache already holds another batch size.
+        """
+        if self.seen is None:
+            self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if len(self.seen) != batch_size:
+            raise ValueError(
+                f"the cache holds {len(self.seen)} rows, the input has {batch_size}; use cache.select_rows"
+            )
+        for layer in self.layers:
+            layer.allocate(batch_size, dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now, all layers and the row counts."""
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.seen is None else self.seen.nbytes)
+
+    @classmethod
+    def bytes_for(cls, config: HybridConfig, batch_size: int, dtype: torch.dtype, tokens: int = 0) -> int:
+        """Bytes that a cache of this configuration occupies after `tokens` tokens, without allocating it."""
+        return 8 * batch_size + sum(layer.bytes_for(batch_size, dtype, tokens) for layer in cls(config).layers)
+
+    @property
+    def columns(self) -> int:
+        """Columns the model has read so far, pads included."""
+        return self.layers[0].columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns the model has read so far, pads included (transformers slices its inputs by it)."""
+        return self.columns
+
+    def advance(self, columns: int, num_real: Tensor) -> None:
+        """Count the columns of a call, and each row's tokens [B] among them."""
+        assert self.seen is not None
+        self.seen = self.seen + num_real
+        for layer in self.layers:
+            layer.advance(columns)
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        if self.seen is not None:
+            self.seen = torch.zeros_like(self.seen)
+        for layer in self.layers:
+            layer.reset()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the whole memory as flat, contiguous tensors (`safetensors.torch.save_file` can write them)."""
+        if self.seen is None:
+            return {}
+        copies = {"seen": self.seen.clone()}
+        for index, layer in enumerate(self.layers):
+            copies |= {f"layers.{index}.{name}": tensor for name, tensor in layer.snapshot().items()}
+        return copies
+
+    def restore(self, snapshot: dict[str, Tensor], device: torch.device | str | None = None) -> None:
+        """Return to a snapshot of a cache of the same configuration; the snapshot can be used again.
+
+        Raises:
+            ValueError: if it does not fit; the cache is then as it was.
+        """
+        restored = []
+        for index, layer in enumerate(self.layers):
+            prefix = f"layers.{index}."
+            part = {name.removeprefix(prefix): t for name, t in snapshot.items() if name.startswith(prefix)}
+            if snapshot and not part:
+                raise ValueError(f"the snapshot has nothing for layer {index} ({type(layer).__name__})")
+            state = copy.copy(layer)
+            dtype = next((t.dtype for name, t in part.items() if name in ("keys", "conv_q")), torch.float32)
+            state.restore(part, dtype, device or (snapshot["seen"].device if snapshot else "cpu"))
+            restored.append(state)
+        self.layers = restored
+        self.seen = snapshot["seen"].to(device or snapshot["seen"].device, copy=True) if snapshot else None
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the batch rows `index` [n] (any order, repeats allowed)."""
+        if self.seen is None:
+            return
+        self.seen = self.seen.index_select(0, index.to(self.seen.device))
+        for layer in self.layers:
+            layer.select_rows(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.seen is not None:
+            self.select_rows(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: see `MixerState.crop`."""
+        self.layers[0].crop(0)

@@ -1,0 +1,116 @@
+"""One configuration for every model: which mixer each layer has, and the mixers' settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from holdfast.mixers import MIXERS, MixerOptions
+from holdfast.published import PUBLISHED_TYPES, from_published
+
+DEFAULT_MIXERS = ["gated_deltanet", "learned_eviction"]
+DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {"num_heads": 8, "head_dim": 128},
+    "full_attention": {"num_heads": 16},
+    "sliding_attention": {"num_heads": 16, "window": 1024},
+    "learned_eviction": {"num_heads": 16, "window": 768, "budget": 512, "sinks": 4},
+}
+"""The published 0.4B sizes; used for mixers whose options a configuration does not give."""
+
+
+@strict
+class HybridConfig(PreTrainedConfig):
+    """Configuration of `HybridForCausalLM`. The defaults are the published laLTE model of 0.4B parameters.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers: as usual.
+        mixers: the token mixer of each layer, first to last; a shorter list is a pattern that repeats. Names are
+            the keys of `holdfast.mixers.MIXERS`.
+        mixer_options: settings of each mixer used, by name (see the mixer's `Options`). `head_dim` defaults to
+            hidden_size // num_heads.
+        intermediate_size: width of the MLP; None = 256·ceil(int(hidden_size · 4 · 2/3) / 256).
+        rms_norm_eps: ε of every RMSNorm.
+        initializer_range: standard deviation of the linear maps and embeddings.
+        scale_residual_init: scale the output maps of each block down by √(2 · num_hidden_layers).
+        max_position_embeddings: the length the model was trained at (a note; nothing limits it).
+        controller: settings of the budget controller in training (`holdfast.training.ControllerConfig`).
+    """
+
+    model_type = "holdfast"
+    keys_to_ignore_at_inference = ["past_key_values", "retention"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    mixers: list[str] | None = None
+    mixer_options: dict | None = None
+    intermediate_size: int | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    scale_residual_init: bool = True
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+    controller: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mixers = self._expand(self.mixers or DEFAULT_MIXERS)
+        given = self.mixer_options or {}
+        if unused := sorted(set(given) - set(self.mixers)):
+            raise ValueError(
+                f"mixer_options names {', '.join(unused)}, which no layer uses; mixers: {set(self.mixers)}"
+            )
+        self.mixer_options = {
+            name: self._resolve(name, given.get(name, DEFAULT_OPTIONS.get(name, {})))
+            for name in dict.fromkeys(self.mixers)
+        }
+        self.controller = dict(self.controller or {})
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * -(-int(self.hidden_size * 4 * 2 / 3) // 256)
+        super().__post_init__(**kwargs)
+
+    def options_for(self, name: str) -> MixerOptions:
+        """The checked settings of the mixer `name`."""
+        assert self.mixer_options is not None
+        return MIXERS[name].Options.from_mapping(name, self.mixer_options[name])
+
+    def _expand(self, mixers: list[str]) -> list[str]:
+        if unknown := sorted(set(mixers) - set(MIXERS)):
+            raise ValueError(f"no mixer is named {', '.join(unknown)}; there are {', '.join(MIXERS)}")
+        if self.num_hidden_layers % len(mixers):
+            raise ValueError(f"mixers has {len(mixers)} entries, which do not divide {self.num_hidden_layers} layers")
+        return list(mixers) * (self.num_hidden_layers // len(mixers))
+
+    def _resolve(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """All settings of a mixer, the defaults included, as plain JSON values."""
+        options = MIXERS[name].Options.from_mapping(name, values)
+        if getattr(options, "head_dim", 0) is None:
+            heads: int = options.num_heads  # type: ignore[attr-defined]
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"mixer '{name}': {heads} heads do not divide hidden_size {self.hidden_size}; set head_dim"
+                )
+            options = MIXERS[name].Options.from_mapping(name, {**values, "head_dim": self.hidden_size // heads})
+        resolved = dataclasses.asdict(options)  # type: ignore[call-overload]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in resolved.items()}
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a `config.json`; a published one is translated."""
+        values, rest = super().get_config_dict(*args, **kwargs)
+        return _translate(values), rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration from a dictionary in this or the published format."""
+        return super().from_dict(_translate(config_dict), **kwargs)
+
+
+def _translate(values: dict[str, Any]) -> dict[str, Any]:
+    return from_published(values) if values.get("model_type") in PUBLISHED_TYPES else values

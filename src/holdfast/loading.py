@@ -1,0 +1,59 @@
+"""Loading weights without surprises: nothing unpickled by default, nothing initialised in silence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_checked(load: Callable[..., Any], source: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """Call transformers' `from_pretrained` and check what it did.
+
+    Args:
+        load: the bound `PreTrainedModel.from_pretrained`.
+        source: directory or hub id.
+        use_safetensors: True by default; False also reads pickled weights (`pytorch_model.bin`), which can run code
+            of whoever made them.
+        strict: True by default; False accepts weights that are missing (initialised anew) or left over.
+
+    Raises:
+        OSError: if there are no weights, or only pickled ones.
+        ValueError: naming the weights that are missing, left over or of the wrong shape.
+    """
+    strict = kwargs.pop("strict", True)
+    with_info = kwargs.pop("output_loading_info", False)
+    if kwargs.setdefault("use_safetensors", True):
+        _refuse_pickles(source)
+    model, info = load(source, *args, output_loading_info=True, **kwargs)
+    faults = [f"{kind} {_names(info[key])}" for kind, key in FAULTS if info.get(key)]
+    if faults and strict:
+        raise ValueError(f"the weights in {source} do not fit the configuration: {'; '.join(faults)}")
+    return (model, info) if with_info else model
+
+
+FAULTS = (
+    ("missing", "missing_keys"),
+    ("not part of the model:", "unexpected_keys"),
+    ("wrong shape:", "mismatched_keys"),
+)
+
+
+def _names(keys: Any) -> str:
+    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _refuse_pickles(source: str | os.PathLike[str]) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
+    if pickles:
+        raise OSError(
+            f"{folder} holds only pickled weights ({', '.join(pickles)}), which can run code when read. "
+            "If you trust them, pass use_safetensors=False, and save_pretrained writes safetensors."
+        )

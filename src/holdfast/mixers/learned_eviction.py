@@ -1,0 +1,196 @@
+"""Sliding-window attention with learned token eviction (LTE): a window, sinks, and a store of fixed size.
+
+He & Garner, "Alleviating Forgetfulness of Linear Attention by Hybrid Sparse Attention and Contextualized Learnable
+Token Eviction", arXiv 2510.20787; specification §3.3 to §3.6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
+from holdfast.mixers.layout import TokenLayout, gapped_columns
+from holdfast.mixers.scorers import ConvScorer, receptive_field
+from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, attend_slots, confine, gather_rows
+from holdfast.mixers.state import MixerState
+from holdfast.mixers.window_state import WindowState
+from holdfast.ops.retained_attention import retained_attention
+from holdfast.ops.retention import FOREVER, streaming_retention
+
+
+@dataclass(frozen=True)
+class LearnedEvictionOptions(AttentionOptions):
+    """Settings of learned eviction: those of full attention, and
+
+    Attributes:
+        window: a query sees this many past keys, and itself.
+        budget: pairs kept per KV head outside the window, sinks included.
+        sinks: first tokens of a sequence, never dropped.
+        conv_size, conv_dilation: the scorer's convolutions; (1,), (1,) makes it a network without context.
+        dropout: of the scorer, in training.
+        scorer_sharing: "head" (one network per KV head) or "layer" (one for all heads of a layer).
+    """
+
+    window: int = 768
+    budget: int = 512
+    sinks: int = 4
+    conv_size: tuple[int, ...] = (3, 3, 3)
+    conv_dilation: tuple[int, ...] = (2, 2, 2)
+    dropout: float = 0.1
+    scorer_sharing: Literal["head", "layer"] = "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
+        require(
+            0 <= self.sinks <= self.budget, f"sinks ({self.sinks}) must lie between 0 and the budget ({self.budget})"
+        )
+        require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require(
+            self.scorer_sharing in ("head", "layer"),
+            f"scorer_sharing must be 'head' or 'layer', got {self.scorer_sharing!r}",
+        )
+        require(
+            self.window + 1 >= self.receptive_field // 2,
+            f"window ({self.window}) is shorter than the scorer's view of the future ({self.receptive_field // 2} tokens)",
+        )
+
+    @property
+    def receptive_field(self) -> int:
+        return receptive_field(self.conv_size, self.conv_dilation)
+
+
+class LearnedEviction(SoftmaxAttention):
+    """Attention over the window and over the pairs that a trained scorer chose to keep.
+
+    In evaluation the store has `budget` slots; in training every pair with a positive score stays. One pass, a
+    prefill in chunks and decoding give the same result.
+
+    Attributes:
+        router: the scorer (its published name).
+        eviction: False lets every query see everything while training (a schedule switches it on).
+        exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
+    """
+
+    Options = LearnedEvictionOptions
+    eviction: bool = True
+    exploration: float = 0.0
+
+    def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
+        super().__init__(hidden_size, norm_eps, options)
+        self.router = ConvScorer(
+            options.kv_heads,
+            2 * self.head_dim,
+            options.conv_size,
+            options.conv_dilation,
+            options.dropout,
+            shared=options.scorer_sharing == "layer",
+        )
+
+    @classmethod
+    def make_state(cls, options: LearnedEvictionOptions) -> WindowState:
+        return WindowState(options.kv_heads, options.dim, options.window, options.budget, options.receptive_field)
+
+    def flops_per_token(self, context: int) -> int:
+        options = self.options
+        return self._attention_flops(min(context, options.window + 1 + options.budget))
+
+    @property
+    def scorer_flops_per_token(self) -> int:
+        """The scorer's share of `flops_per_token`."""
+        return 2 * count_weights(self.router) * (self.options.kv_heads if self.router.shared else 1)
+
+    def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
+        q, k, v = self.project(hidden)
+        features = torch.cat([k, v], dim=-1)
+        q, k = self.rotate(q, layout), self.rotate(k, layout)
+        if not isinstance(state, WindowState):
+            return self._whole(q, k, v, features, layout)
+        if layout.length == 1 and not layout.fresh:
+            return self._step(q, k, v, features, layout, state)
+        return self._chunk(q, k, v, features, layout, state)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout) -> MixerOutput:
+        """All tokens at once, without a cache."""
+        scores = self._score(features, layout)
+        if torch.is_grad_enabled() and scores.requires_grad:
+            v = straight_through(v, scores)
+        visible_until = confine(self._retention(scores, layout.positions, layout), layout)
+        out = retained_attention(q, k, v, visible_until, self.options.window)
+        return MixerOutput(self.output(out), scores)
+
+    def _chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout, state: WindowState
+    ) -> MixerOutput:
+        """A prompt or a part of it: the past in front, then as in one pass. O(budget + window) more than without."""
+        tail = state.extended_tail(features, layout)
+        scores = self._score_tail(tail, layout)
+        rows = gather_rows(k, v, scores, layout, state)
+        effective = self._effective(rows.scores, rows.positions)
+        visible_until = streaming_retention(effective, self.options.budget, self.options.window)
+        visible_until = visible_until.masked_fill(rows.positions < 0, -1)
+        out = retained_attention(q, rows.keys, rows.values, visible_until, self.options.window)
+        rows = type(rows)(rows.keys, rows.values, effective, rows.positions)
+        state.write_rows(rows, visible_until, layout)
+        state.tail.copy_(tail[:, tail.shape[1] - state.tail.shape[1] :])
+        return MixerOutput(self.output(out), scores[:, -layout.length :])
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout, state: WindowState
+    ) -> MixerOutput:
+        """One token per row, in place. O(budget + window) time, nothing is copied."""
+        tail = state.extended_tail(features, layout)
+        reach = self.router.reach
+        age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)
+        valid = (layout.seen + layout.num_real - 1).unsqueeze(1) + age >= 0
+        score = self.router(tail, valid)[:, 0]
+        state.push(k[:, 0], v[:, 0], score, self.options.sinks, layout)
+        state.tail.copy_(tail[:, 1:])
+        pending = score.new_full((score.shape[0], 1, score.shape[1]), torch.nan) if reach else score.unsqueeze(1)
+        return MixerOutput(self.output(attend_slots(q, state)), pending)
+
+    def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
+        """Scores [B, T, Hkv] of whole sequences."""
+        reach = self.router.reach
+        if layout.cu_seqlens is None:
+            valid = layout.real
+            if valid is None:
+                valid = torch.ones(1, layout.length, dtype=torch.bool, device=features.device)
+            return self.router(F.pad(features, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
+        columns, length = gapped_columns(layout.cu_seqlens, layout.length, reach)
+        spread = features.new_zeros(1, length, *features.shape[2:]).index_copy(1, columns, features)
+        valid = torch.zeros(1, length, dtype=torch.bool, device=features.device).index_fill(1, columns, True)
+        scores = self.router(F.pad(spread, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
+        return scores.index_select(1, columns)
+
+    def _score_tail(self, tail: Tensor, layout: TokenLayout) -> Tensor:
+        """Scores [B, R // 2 + T, Hkv] of the tokens that were not final before and of this call's.
+
+        The last R // 2 are not final yet: their future is missing. They are in the window, where no score is needed.
+        """
+        reach = self.router.reach
+        age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)
+        valid = (layout.seen + layout.num_real - 1).unsqueeze(1) + age >= 0
+        return self.router(F.pad(tail, (0, 0, 0, 0, 0, reach)), F.pad(valid, (0, reach)))
+
+    def _effective(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Scores that decide: +∞ for sinks, −∞ for rows that hold no token."""
+        scores = scores.detach().masked_fill(positions < self.options.sinks, torch.inf)
+        return scores.masked_fill(positions < 0, -torch.inf)
+
+    def _retention(self, scores: Tensor, positions: Tensor, layout: TokenLayout) -> Tensor:
+        """visible_until [B, T, Hkv] of whole sequences."""
+        effective = self._effective(scores, positions.unsqueeze(2))
+        if not self.training:
+            return streaming_retention(effective, self.options.budget, self.options.window, starts=layout.starts)
+        if not self.eviction:
+            return torch.full_like(effective, FOREVER, dtype=torch.long)
+        if self.exploration > 0:
+            explored = torch.rand_like(effective) < self.exploration
+            effective = effective.masked_fill(explored & (effective <= 0), torch.inf)
+        return streaming_retention(effective, None, self.options.window)

@@ -1,0 +1,113 @@
+"""The network that decides which key/value pairs are worth keeping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from holdfast.mixers.base import require
+
+
+class ConvScorer(nn.Module):
+    """A small convolutional network per KV head that reads pairs with their neighbours, past and future.
+
+    Input is concat(key before RoPE, value); each convolution is `dropout → grouped convolution (channels halve) →
+    SiLU`, the last map is 1×1 to one logit; the score is σ(logit) − ½, so that a pair is worth keeping where it is
+    positive. (He & Garner, arXiv 2510.20787, learnable token eviction; specification §3.3.) The parameters bear the
+    published names and shapes; the heads are the groups of the convolutions.
+
+    Args:
+        num_heads: KV heads, each with a network of its own; with `shared`, one network serves them all.
+        channels: size of one head's input, 2D.
+        kernel_sizes, dilations: of the convolutions, first to last.
+        dropout: probability before each convolution, in training.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        channels: int,
+        kernel_sizes: tuple[int, ...] = (3, 3, 3),
+        dilations: tuple[int, ...] = (2, 2, 2),
+        dropout: float = 0.1,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.dropout, self.shared = num_heads, dropout, shared
+        self.conv_stack = _ConvStack(1 if shared else num_heads, channels, kernel_sizes, dilations)
+        self.receptive_field = receptive_field(kernel_sizes, dilations)
+
+    @property
+    def reach(self) -> int:
+        """R // 2: how many tokens before and after a pair its score depends on."""
+        return self.receptive_field // 2
+
+    def forward(self, features: Tensor, valid: Tensor) -> Tensor:
+        """Scores of the tokens that have all their neighbours in the input.
+
+        Args:
+            features: [B, T + R − 1, Hkv, 2D].
+            valid: [B or 1, T + R − 1] bool; elsewhere (before the sequence, after it, pads) every convolution
+                reads zeros.
+
+        Returns:
+            [B, T, Hkv] fp32 scores in (−½, ½). O(T · R · D²) time, O(T · D) memory.
+        """
+        batch, length, heads, channels = features.shape
+        x = features.permute(2, 0, 1, 3)  # [Hkv, B, time, channels]
+        if self.shared:
+            x = x.reshape(1, heads * batch, length, channels)
+            valid = valid.expand(batch, -1).repeat(heads, 1)
+        for conv in self.conv_stack.convs:
+            x = F.dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout, self.training)
+            x = F.silu(_grouped_conv(x, conv))
+            edge = (valid.shape[1] - x.shape[2]) // 2
+            valid = valid[:, edge : valid.shape[1] - edge]
+        logits = _grouped_conv(x, self.conv_stack.proj).view(heads, batch, -1).permute(1, 2, 0)
+        return torch.sigmoid(logits.float()) - 0.5
+
+    def init_weights(self, init: Any) -> None:
+        """Kaiming-normal weights (fan-in); the last bias is +0.5, so that training starts by keeping everything."""
+        for conv in (*self.conv_stack.convs, self.conv_stack.proj):
+            init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+            init.zeros_(conv.bias)
+        init.constant_(self.conv_stack.proj.bias, 0.5)
+
+
+class _ConvStack(nn.Module):
+    """Holds the parameters under their published names; `ConvScorer` computes with them."""
+
+    def __init__(self, groups: int, channels: int, kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList()
+        for kernel, dilation in zip(kernel_sizes, dilations, strict=True):
+            self.convs.append(
+                nn.Conv2d(
+                    groups * channels, groups * (channels // 2), (1, kernel), dilation=(1, dilation), groups=groups
+                )
+            )
+            channels //= 2
+        self.proj = nn.Conv2d(groups * channels, groups, (1, 1), groups=groups)
+
+
+def receptive_field(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> int:
+    """R: how many neighbouring tokens one score depends on, the token included."""
+    require(len(kernel_sizes) == len(dilations), "the scorer needs one dilation for each convolution")
+    require(all(k % 2 == 1 for k in kernel_sizes), f"the scorer's kernel sizes must be odd, got {kernel_sizes}")
+    return 1 + sum((kernel - 1) * dilation for kernel, dilation in zip(kernel_sizes, dilations, strict=True))
+
+
+def _grouped_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Convolution over time without padding as one batched matrix product: [groups, B, T, C] → [groups, B, T', C']."""
+    groups, batch, length, channels = x.shape
+    kernel, dilation = conv.kernel_size[1], conv.dilation[1]
+    out_length = length - (kernel - 1) * dilation
+    weight = conv.weight.view(groups, -1, channels, kernel).permute(0, 3, 2, 1).reshape(groups, kernel * channels, -1)
+    taps = [x[:, :, tap * dilation : tap * dilation + out_length] for tap in range(kernel)]
+    rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
+    assert conv.bias is not None
+    out = torch.baddbmm(conv.bias.view(groups, 1, -1), rows, weight)
+    return out.view(groups, batch, out_length, -1)

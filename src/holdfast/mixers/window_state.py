@@ -1,0 +1,194 @@
+"""The fixed-size memory of sliding-window attention and of learned eviction: a ring of recent pairs, a store of old."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.mixers.layout import TokenLayout, pads_first
+from holdfast.mixers.state import MixerState, TensorSpec
+
+EMPTY = -1
+"""Position of an empty slot of the store."""
+
+
+@dataclass(frozen=True)
+class PastRows:
+    """The pairs that a state holds, oldest first: P = budget + window + 1 rows, of which the last window + 1 are recent.
+
+    Attributes:
+        keys, values: [B, P, Hkv, D]. scores: [B, P, Hkv] fp32. positions: [B, P, Hkv] int64, negative where the row
+        is empty.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    positions: Tensor
+
+
+class WindowState(MixerState):
+    """Slots of one layer: `budget` for pairs that were kept, then `window` + 1 for the latest.
+
+    The pair of position p sits in ring slot p mod (window + 1), so the slot that a new token needs is the one whose
+    pair has just left the window. Old pairs are moved into the store or dropped in place: nothing is shifted and
+    nothing grows. A row's pads are never stored.
+
+    Tensors: keys, values [B, Hkv, budget + window + 1, D] in the model's dtype; with a budget also scores
+    [B, Hkv, budget + window + 1] fp32, positions [B, Hkv, budget] int32 (−1: empty) and the scorer's latest inputs
+    tail [B, R − 1, Hkv, 2D]. seen [B] int64 counts each row's tokens.
+    """
+
+    def __init__(
+        self, num_kv_heads: int, head_dim: int, window: int, budget: int = 0, receptive_field: int = 1
+    ) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self.window, self.budget, self.receptive_field = window, budget, receptive_field
+
+    @property
+    def ring_size(self) -> int:
+        return self.window + 1
+
+    def spec(self, batch_size: int, dtype: torch.dtype, tokens: int = 0) -> dict[str, TensorSpec]:
+        slots = (batch_size, self.num_kv_heads, self.budget + self.ring_size)
+        entries = {
+            "seen": TensorSpec((batch_size,), torch.int64),
+            "keys": TensorSpec((*slots, self.head_dim), dtype),
+            "values": TensorSpec((*slots, self.head_dim), dtype),
+        }
+        if self.budget:
+            entries["scores"] = TensorSpec(slots, torch.float32, -torch.inf)
+            entries["positions"] = TensorSpec((*slots[:2], self.budget), torch.int32, EMPTY)
+            tail = (batch_size, self.receptive_field - 1, self.num_kv_heads, 2 * self.head_dim)
+            entries["tail"] = TensorSpec(tail, dtype)
+        return entries
+
+    def ring_positions(self) -> Tensor:
+        """[B, window + 1] int64: the position in each ring slot; negative where the slot is still empty."""
+        slot = torch.arange(self.ring_size, device=self.seen.device)
+        last = self.seen.unsqueeze(1) - 1
+        return last - (last - slot) % self.ring_size
+
+    def visible_slots(self) -> Tensor:
+        """[B, Hkv or 1, slots] bool: slots that hold a pair."""
+        ring = (self.ring_positions() >= 0).unsqueeze(1)
+        if not self.budget:
+            return ring
+        return torch.cat([self.positions >= 0, ring.expand(-1, self.num_kv_heads, -1)], dim=2)
+
+    def past_rows(self) -> PastRows:
+        """All slots in the order of their positions, empty ones first. O(budget + window) time, a copy."""
+        age = torch.arange(self.ring_size, device=self.seen.device)
+        positions = self.seen.unsqueeze(1) - self.ring_size + age  # [B, ring]
+        slots = self.budget + positions % self.ring_size
+        order = slots.unsqueeze(1).expand(-1, self.num_kv_heads, -1)
+        ring_positions = positions.unsqueeze(1).expand_as(order)
+        if self.budget:
+            stored = self.positions.long()
+            by_age = stored.argsort(dim=2)
+            order = torch.cat([by_age, order], dim=2)
+            all_positions = torch.cat([stored.gather(2, by_age), ring_positions], dim=2)
+            scores = self.scores.gather(2, order)
+        else:
+            all_positions = ring_positions
+            scores = torch.zeros_like(all_positions, dtype=torch.float32)
+        rows = order.unsqueeze(-1).expand(-1, -1, -1, self.head_dim)
+        return PastRows(
+            self.keys.gather(2, rows).transpose(1, 2),
+            self.values.gather(2, rows).transpose(1, 2),
+            scores.transpose(1, 2),
+            all_positions.transpose(1, 2),
+        )
+
+    def write_rows(self, rows: PastRows, visible_until: Tensor | None, layout: TokenLayout) -> None:
+        """Replace the contents after a chunk.
+
+        Args:
+            rows: [B, N, ...] all pairs up to the last token, in order, the latest in the last row.
+            visible_until: [B, N, Hkv] last row of a query that sees each pair; None if nothing outlives the window.
+        """
+        length = rows.keys.shape[1]
+        self.seen.add_(layout.num_real)
+        # Row of the pair that belongs into each ring slot; empty slots get any row, and are masked by `seen`.
+        slot_rows = (length - self.seen.unsqueeze(1) + self.ring_positions()).clamp(min=0)
+        ring = slice(self.budget, None)
+        index = slot_rows[:, :, None].expand(-1, -1, self.num_kv_heads)
+        wide = index[..., None].expand(-1, -1, -1, self.head_dim)
+        self.keys[:, :, ring] = rows.keys.gather(1, wide).transpose(1, 2)
+        self.values[:, :, ring] = rows.values.gather(1, wide).transpose(1, 2)
+        if not self.budget:
+            return
+        self.scores[:, :, ring] = rows.scores.gather(1, index).transpose(1, 2)
+        self._write_store(rows, visible_until)
+
+    def _write_store(self, rows: PastRows, visible_until: Tensor | None) -> None:
+        length = rows.keys.shape[1]
+        left = max(0, length - self.ring_size)  # rows that have left the window of the last query
+        if visible_until is None or left == 0:
+            return
+        alive = (visible_until[:, :left] >= length - 1) & (rows.positions[:, :left] >= 0)
+        kept = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.budget]
+        alive = alive.gather(1, kept)
+        wide = kept[..., None].expand(-1, -1, -1, self.head_dim)
+        store = slice(0, kept.shape[1])
+        self.positions.fill_(EMPTY)
+        self.scores[:, :, : self.budget] = -torch.inf
+        self.positions[:, :, store] = rows.positions.gather(1, kept).where(alive, EMPTY).transpose(1, 2).int()
+        self.scores[:, :, store] = rows.scores.gather(1, kept).where(alive, -torch.inf).transpose(1, 2)
+        self.keys[:, :, store] = rows.keys.gather(1, wide).transpose(1, 2)
+        self.values[:, :, store] = rows.values.gather(1, wide).transpose(1, 2)
+
+    def extended_tail(self, features: Tensor, layout: TokenLayout) -> Tensor:
+        """The scorer's inputs [B, R − 1 + T, Hkv, 2D]: the latest of the past, then `features` of this call."""
+        joined = torch.cat([self.tail, features], dim=1)
+        return pads_first(joined, self.receptive_field - 1, layout.num_pads)
+
+    def push(self, key: Tensor, value: Tensor, score: Tensor | None, sinks: int, layout: TokenLayout) -> None:
+        """Advance by one token per row, in place. O(budget) time.
+
+        Args:
+            key, value: [B, Hkv, D] of the new token.
+            score: [B, Hkv] fp32, the score that has just become final: that of the token R // 2 before the new one.
+            sinks: the first tokens of a sequence, never dropped.
+        """
+        batch = torch.arange(key.shape[0], device=key.device)
+        slot = self.budget + self.seen % self.ring_size
+        real = None if layout.real is None else layout.real[:, 0]
+        if self.budget:
+            assert score is not None
+            self._store_score(score, batch, real)
+            self._retire(batch, slot, sinks, real)
+        for tensor, new in ((self.keys, key), (self.values, value)):
+            if real is not None:
+                new = torch.where(real[:, None, None], new, tensor[batch, :, slot])
+            tensor[batch, :, slot] = new.to(tensor.dtype)
+        self.seen.add_(layout.num_real)
+
+    def _store_score(self, score: Tensor, batch: Tensor, real: Tensor | None) -> None:
+        position = self.seen - self.receptive_field // 2
+        slot = self.budget + position % self.ring_size
+        exists = position >= 0 if real is None else (position >= 0) & real
+        self.scores[batch, :, slot] = torch.where(exists[:, None], score, self.scores[batch, :, slot])
+
+    def _retire(self, batch: Tensor, slot: Tensor, sinks: int, real: Tensor | None) -> None:
+        """Move the pair in ring slot `slot` [B], which leaves the window, into the store if it is worth it."""
+        position = self.seen - self.ring_size  # [B] of the leaving pair
+        leaving = position >= 0 if real is None else (position >= 0) & real
+        score = self.scores[batch, :, slot]
+        score = torch.where((position < sinks)[:, None], torch.inf, score)
+        stored = self.scores[:, :, : self.budget]
+        lowest = stored.amin(dim=2)
+        # Of several lowest the latest goes: at equal scores the earlier pair has the right to stay.
+        age = torch.where(stored == lowest.unsqueeze(2), self.positions, EMPTY - 1)
+        target = age.argmax(dim=2, keepdim=True)  # [B, Hkv, 1]
+        enters = ((score > 0) & (score > lowest) & leaving[:, None]).unsqueeze(2)
+        for tensor, new in ((self.scores, score), (self.positions, position[:, None].expand_as(score).int())):
+            old = tensor.gather(2, target)
+            tensor.scatter_(2, target, torch.where(enters, new.unsqueeze(2), old))
+        wide = target.unsqueeze(3).expand(-1, -1, -1, self.head_dim)
+        for tensor in (self.keys, self.values):
+            new, old = tensor[batch, :, slot].unsqueeze(2), tensor.gather(2, wide)
+            tensor.scatter_(2, wide, torch.where(enters.unsqueeze(3), new, old))

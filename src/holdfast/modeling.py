@@ -1,0 +1,426 @@
+"""The model: one block, one stack, one causal language model, for every choice of mixers.
+
+Shapes: B batch, T tokens, V vocabulary, L layers with a retention scorer, Hkv key/value heads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from holdfast.cache import HybridCache
+from holdfast.configuration import HybridConfig
+from holdfast.loading import load_checked
+from holdfast.mixers import MIXERS, LearnedEviction, MixerOutput, MixerState, TokenLayout, TokenMixer
+from holdfast.mixers.layout import document_of_column, left_aligned_order
+from holdfast.ops.norms import rms_norm
+
+
+@dataclass
+class RetentionOutput(ModelOutput):
+    """What the scorers said in one forward pass.
+
+    Attributes:
+        scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − ½; a pair is worth keeping where s > 0. With a cache,
+            scores of the last R // 2 tokens are not final (NaN while decoding token by token).
+        kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
+        penalised: [B, T] bool: those positions, real tokens with R // 2 tokens of future.
+    """
+
+    scores: tuple[Tensor, ...] | None = None
+    kept: Tensor | None = None
+    penalised: Tensor | None = None
+
+
+@dataclass
+class HybridModelOutput(ModelOutput):
+    """Output of `HybridModel`: last_hidden_state [B, T, hidden_size], and what `HybridCausalLMOutput` says."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    retention: RetentionOutput | None = None
+
+
+@dataclass
+class HybridCausalLMOutput(ModelOutput):
+    """Output of `HybridForCausalLM`.
+
+    Attributes:
+        loss: lm_loss + retention_loss, where labels were given.
+        lm_loss: mean cross-entropy of the next token.
+        retention_loss: mean over positions, layers and KV heads of λ·ReLU(s) (specification §3.6).
+        logits: [B, T or logits_to_keep, V].
+        past_key_values: the cache, advanced.
+        hidden_states: inputs of every block and the final norm's output, where asked for.
+        retention: scores and kept counts of the LTE layers; None without such layers.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    retention_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    retention: RetentionOutput | None = None
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading, shared by the stack and the language model."""
+
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the Trainer averages the losses of accumulated batches
+    _no_split_modules = ["HybridBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # what was evicted cannot be rolled back: assisted generation must refuse
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            shrink = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "writes_residual", False) else 1
+            init.normal_(module.weight, mean=0.0, std=std / shrink)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights(init)
+        elif isinstance(module, HybridModel) and module.has_scorers:
+            init.zeros_(module.l1_lambda)
+            init.zeros_(module.num_kept)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load a model from a directory or the hub, in this library's or the published format.
+
+        As in transformers, but nothing is initialised silently: see `holdfast.loading.load_checked`.
+        """
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+
+class RMSNorm(nn.Module):
+    """x · weight / √(mean(x²) + eps) over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def init_weights(self, init: Any) -> None:
+        init.ones_(self.weight)
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) · up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HybridBlock(GradientCheckpointingLayer):
+    """x += mixer(norm(x)), then x += mlp(norm(x))."""
+
+    def __init__(self, config: HybridConfig, index: int) -> None:
+        super().__init__()
+        assert config.mixers is not None and config.intermediate_size is not None
+        name = config.mixers[index]
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn: TokenMixer = MIXERS[name](config.hidden_size, config.rms_norm_eps, config.options_for(name))
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        if config.scale_residual_init:
+            self.attn.o_proj.writes_residual = self.mlp.down_proj.writes_residual = True  # type: ignore[union-attr]
+
+    def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
+        mixed = self.attn(self.attn_norm(hidden), layout, state)
+        hidden = hidden + mixed.hidden
+        return MixerOutput(hidden + self.mlp(self.mlp_norm(hidden)), mixed.scores)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """The stack of blocks, without the language-model head."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([HybridBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        scorers = self.eviction_layers()
+        self.has_scorers = bool(scorers)
+        if scorers:
+            shape = (len(scorers), scorers[0].options.kv_heads)
+            self.register_buffer("l1_lambda", torch.zeros(shape))
+            self.register_buffer("num_kept", torch.zeros(shape))
+        self.post_init()
+
+    def eviction_layers(self) -> list[LearnedEviction]:
+        """The LTE mixers, in the order of the rows of `l1_lambda` and `num_kept`."""
+        return [block.attn for block in self.layers if isinstance(block.attn, LearnedEviction)]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> HybridModelOutput:
+        """Run the blocks. Arguments as in `HybridForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache, cu_seqlens, hidden)
+        hidden, layout, order = self._arrange(hidden, attention_mask, cu_seqlens, cache)
+        states = cache.layers if cache is not None else [None] * len(self.layers)
+        every: list[Tensor] = []
+        scores: list[Tensor] = []
+        for block, state in zip(self.layers, states, strict=True):
+            every.append(hidden)
+            hidden, block_scores = block(hidden, layout, state)
+            if block_scores is not None:
+                scores.append(block_scores)
+        hidden = self.norm(hidden)
+        if cache is not None:
+            cache.advance(layout.length, layout.num_real)
+        retention = self._retention(scores, layout, order) if scores else None
+        return HybridModelOutput(
+            last_hidden_state=_restore_order(hidden, order),
+            past_key_values=cache,
+            hidden_states=tuple(_restore_order(h, order) for h in (*every, hidden)) if output_hidden_states else None,
+            retention=retention,
+        )
+
+    def _cache(
+        self, cache: HybridCache | None, use_cache: bool | None, cu_seqlens: Tensor | None, hidden: Tensor
+    ) -> HybridCache | None:
+        if cache is not None and not isinstance(cache, HybridCache):
+            raise ValueError(f"past_key_values must be a holdfast.HybridCache, got {type(cache).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("cu_seqlens packs whole documents and cannot be combined with past_key_values")
+            return None
+        if self.training and self.gradient_checkpointing:
+            return None
+        if cache is None and use_cache:
+            cache = HybridCache(self.config)
+        if cache is not None:
+            cache.allocate(hidden.shape[0], hidden.dtype, hidden.device)
+        return cache
+
+    def _arrange(
+        self, hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: HybridCache | None
+    ) -> tuple[Tensor, TokenLayout, Tensor | None]:
+        """Hidden states with each row's pads in front, their layout, and the column order used [B, T] (None: as is)."""
+        batch, length = hidden.shape[:2]
+        if cache is not None and cache.seen is not None:
+            seen, fresh = cache.seen, cache.columns == 0
+        else:
+            seen, fresh = torch.zeros(batch, dtype=torch.long, device=hidden.device), True
+        columns = torch.arange(length, device=hidden.device).expand(batch, -1)
+        if cu_seqlens is not None:
+            cu_seqlens = _checked_cu_seqlens(cu_seqlens, hidden, mask)
+            starts = cu_seqlens[document_of_column(cu_seqlens, length)]
+            return hidden, TokenLayout(seen, columns - starts, None, cu_seqlens), None
+        real = _real_columns(mask, batch, length)
+        if real is None:
+            return hidden, TokenLayout(seen, seen.unsqueeze(1) + columns, None, None, fresh), None
+        order = left_aligned_order(real)
+        real = real.gather(1, order)
+        positions = seen.unsqueeze(1) + (real.cumsum(1) - 1).clamp(min=0)
+        hidden = hidden.gather(1, order.unsqueeze(2).expand_as(hidden))
+        return hidden, TokenLayout(seen, positions, real, None, fresh), order
+
+    def _retention(self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None) -> RetentionOutput:
+        reach = self.eviction_layers()[0].router.reach
+        penalised = layout.followed_by(reach)
+        sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
+        kept = torch.stack([((s.detach() > 0) & penalised.unsqueeze(2)).sum((0, 1)) / sequences for s in scores])
+        return RetentionOutput(
+            scores=tuple(_restore_order(s, order) for s in scores),
+            kept=kept,
+            penalised=_restore_order(penalised, order),
+        )
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """Causal language model whose layers' token mixers are chosen by name."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embeddings = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HybridCausalLMOutput | tuple[Any, ...]:
+        """Predict the next token at every column.
+
+        Args:
+            input_ids: [B, T]. inputs_embeds: [B, T, hidden_size] instead.
+            attention_mask: [B, T] (or [B, past + T], of which the last T columns count); 0 at pads, which may stand
+                anywhere and change nothing for the tokens.
+            past_key_values: a `HybridCache`; any number of tokens may follow in one call.
+            labels: [B, T], aligned with input_ids, −100 where nothing is to be predicted. A token that follows a pad
+                or begins a packed document is not predicted.
+            use_cache: return a cache. Default: config.use_cache in evaluation, False in training.
+            cu_seqlens: [N + 1] integer offsets of documents packed into one row (B = 1, no mask, no cache).
+            logits_to_keep: compute logits only for the last n columns (0: all), or for the columns in a 1-D tensor.
+            output_attentions: refused. No attention matrix is ever formed; see `output.retention`.
+
+        Raises:
+            ValueError: for arguments that exclude each other or do not fit.
+        """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "attention weights cannot be returned: no attention matrix is ever formed. "
+                "What each head keeps is in output.retention."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, output_hidden_states
+        )
+        hidden = outputs.last_hidden_state
+        columns = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, columns])
+        result = HybridCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            retention=outputs.retention,
+        )
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
+            result.lm_loss = _next_token_loss(logits, labels, attention_mask, cu_seqlens)
+            result.retention_loss = self._retention_loss(outputs.retention, logits)
+            result.loss = result.lm_loss + result.retention_loss
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _retention_loss(self, retention: RetentionOutput | None, like: Tensor) -> Tensor:
+        if retention is None:
+            return like.new_zeros((), dtype=torch.float32)
+        assert retention.scores is not None and retention.penalised is not None
+        count = retention.penalised.sum().clamp(min=1)
+        per_layer = [
+            (F.relu(s) * lam).masked_fill(~retention.penalised.unsqueeze(2), 0).sum() / (count * s.shape[2])
+            for s, lam in zip(retention.scores, self.model.l1_lambda, strict=True)
+        ]
+        return torch.stack(per_layer).mean()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not apply: a HybridCache holds "
+                "what each mixer needs, of fixed size wherever the mixer allows; leave the setting out"
+            )
+        model_kwargs["past_key_values"] = HybridCache(self.config)
+
+
+def _restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Undo a column order [B, T] on columns [B, T, ...]."""
+    if order is None:
+        return columns
+    inverse = order.argsort(dim=1)
+    return columns.gather(1, inverse.view(*inverse.shape, *[1] * (columns.dim() - 2)).expand_as(columns))
+
+
+def _real_columns(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """[B, T] bool from an attention mask over these columns, or over the past and these; None: all real."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be [B, T] with 0 at pads, got {tuple(mask.shape)} for {batch} × {length}"
+        )
+    real = mask[:, -length:].bool()
+    # Cheap to look where looking does not stall a device; everything is simpler without pads.
+    return None if real.device.type == "cpu" and bool(real.all()) else real
+
+
+def _checked_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        raise ValueError("attention_mask and cu_seqlens exclude each other: packed documents have no pads")
+    if hidden.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one row, got {hidden.shape[0]}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError("cu_seqlens must be a 1-D tensor of integer offsets [0, end of document 1, …, T]")
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != hidden.shape[1] or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {hidden.shape[1]}, got {ends}")
+    return cu_seqlens.to(hidden.device, torch.long)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Mean cross-entropy of labels[:, t + 1] given logits[:, t], fp32."""
+    targets = labels[:, 1:]
+    if mask is not None:
+        real = mask[:, -labels.shape[1] :].bool()
+        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    if cu_seqlens is not None:
+        begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
+        begins[cu_seqlens.to(labels.device).long()] = True
+        targets = targets.masked_fill(begins[1 : labels.shape[1]], -100)
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)

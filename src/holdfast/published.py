@@ -1,0 +1,154 @@
+"""Configurations of the published checkpoints, read and written (specification §3, §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.configuration import HybridConfig
+
+PUBLISHED_TYPES = ("hybrid_gated_deltanet", "gated_deltanet", "transformer", "nsa")
+"""`model_type` of the published configurations; parameters and buffers bear the same names as ours."""
+
+SHARED_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "initializer_range": "initializer_range",
+    "max_position_embeddings": "max_position_embeddings",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "use_cache": "use_cache",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+ATTENTION_KEYS = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "qkv_bias")
+EVICTION_KEYS = {
+    "window_size": "window",
+    "buffer_size": "budget",
+    "sink_size": "sinks",
+    "conv_size": "conv_size",
+    "conv_dilation": "conv_dilation",
+    "dropout_prob": "dropout",
+    "routing_shared": "scorer_sharing",
+}
+CONTROLLER_KEYS = {
+    "l1_lambda_shared": "sharing",
+    "l1_lambda_init": "initial",
+    "l1_lambda_min": "minimum",
+    "l1_lambda_max": "maximum",
+    "l1_alpha": "increase",
+    "l1_alpha_neg": "decrease",
+    "l1_lambda_initial_steps": "initial_steps",
+    "l1_lambda_update_steps": "interval",
+    "l1_lambda_tolerate": "tolerance",
+}
+NSA_KEYS = {"window_size": "window", "block_size": "block_size", "block_counts": "num_blocks"}
+
+
+def from_published(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `HybridConfig` for a published `config.json`.
+
+    Raises:
+        ValueError: naming the setting that this library does not compute.
+    """
+    model_type = published.get("model_type")
+    if model_type not in PUBLISHED_TYPES:
+        raise ValueError(f"model_type {model_type!r} is not a published format; known: {', '.join(PUBLISHED_TYPES)}")
+    _refuse(published, "hidden_act", ("swish", "silu"))
+    _refuse(published, "hidden_ratio", (4,))
+    arguments = {ours: published[theirs] for theirs, ours in SHARED_KEYS.items() if theirs in published}
+    if model_type in ("transformer", "nsa"):
+        name, options, controller = _attention(published, published["hidden_size"], model_type == "nsa")
+        return arguments | {"mixers": [name], "mixer_options": {name: options}, "controller": controller}
+    _refuse(published, "use_gate", (True,))
+    _refuse(published, "use_short_conv", (True,))
+    mixers = ["gated_deltanet"] * published["num_hidden_layers"]
+    keys = ("num_heads", "head_dim", "num_v_heads", "conv_size", "allow_neg_eigval")
+    linear = {key: published[key] for key in keys if published.get(key) is not None}
+    linear["expand_v"] = float(published.get("expand_v", 2))
+    every = {"gated_deltanet": linear}
+    controller: dict[str, Any] = {}
+    if attention := published.get("attn"):
+        name, every_attention, controller = _attention(attention, published["hidden_size"], False)
+        for layer in attention["layers"]:
+            mixers[layer] = name
+        every[name] = every_attention
+    return arguments | {"mixers": mixers, "mixer_options": every, "controller": controller}
+
+
+def _attention(
+    section: Mapping[str, Any], hidden_size: int, sparse: bool
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name, options and controller settings of the softmax mixer that a published section describes."""
+    options = {key: section[key] for key in ATTENTION_KEYS if section.get(key) is not None}
+    options.setdefault("head_dim", hidden_size // options["num_heads"])
+    kind = section.get("attn_type", "nsa" if sparse else None)
+    if kind == "lte":
+        _refuse(section, "routing_method", ("sigmoid",))
+        options |= {ours: section[theirs] for theirs, ours in EVICTION_KEYS.items() if theirs in section}
+        controller = {ours: section[theirs] for theirs, ours in CONTROLLER_KEYS.items() if theirs in section}
+        return "learned_eviction", options, controller
+    if kind == "nsa":
+        options |= {ours: section[theirs] for theirs, ours in NSA_KEYS.items() if theirs in section}
+        return "native_sparse_attention", options, {}
+    if kind is not None:
+        raise ValueError(f"attn_type {kind!r} is not known; known: lte, nsa, or none")
+    if section.get("window_size") is None:
+        return "full_attention", options, {}
+    return "sliding_attention", options | {"window": section["window_size"]}, {}
+
+
+def to_published(config: HybridConfig) -> dict[str, Any]:
+    """The published `config.json` of a model.
+
+    Raises:
+        ValueError: where the published format cannot say what the configuration says.
+    """
+    kinds = sorted(set(config.mixers) - {"gated_deltanet"})
+    if len(kinds) > 1:
+        raise ValueError(f"the published format holds one kind of attention per model, this one has {', '.join(kinds)}")
+    published: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in SHARED_KEYS.items()}
+    published |= {"hidden_act": "swish", "hidden_ratio": 4}
+    if "gated_deltanet" not in config.mixers:
+        return published | _published_attention(config, kinds[0], {"full_attention", "sliding_attention"})
+    linear = dict(config.mixer_options["gated_deltanet"])
+    published |= {"attn_mode": "chunk", "use_gate": True, "use_short_conv": True, "model_type": "gated_deltanet"}
+    published |= {key: value for key, value in linear.items() if value is not None}
+    published["attn"] = None
+    if kinds:
+        section = _published_attention(config, kinds[0], set(config.mixers))
+        layers = [index for index, name in enumerate(config.mixers) if name == kinds[0]]
+        published["attn"] = {"layers": layers} | {key: value for key, value in section.items() if key != "model_type"}
+        if "attn_type" in section:
+            published["model_type"] = "hybrid_gated_deltanet"
+    return published
+
+
+def _published_attention(config: HybridConfig, name: str, allowed: set[str]) -> dict[str, Any]:
+    if name not in allowed and name != "native_sparse_attention":
+        raise ValueError(f"the published format has no pure '{name}' model")
+    options = config.mixer_options[name]
+    section: dict[str, Any] = {key: options.get(key) for key in ATTENTION_KEYS}
+    section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
+    if name == "learned_eviction":
+        section |= {"attn_type": "lte", "routing_method": "sigmoid", "routing_grad": True}
+        section |= {theirs: options[ours] for theirs, ours in EVICTION_KEYS.items() if ours in options}
+        section |= {
+            theirs: config.controller[ours] for theirs, ours in CONTROLLER_KEYS.items() if ours in config.controller
+        }
+        return section
+    if name == "native_sparse_attention":
+        section |= {theirs: options[ours] for theirs, ours in NSA_KEYS.items() if ours in options}
+        return section | {"attn_type": "nsa", "model_type": "nsa"}
+    return section | {"window_size": options.get("window"), "model_type": "transformer"}
+
+
+def _refuse(section: Mapping[str, Any], key: str, computed: tuple[Any, ...]) -> None:
+    if key in section and section[key] is not None and section[key] not in computed:
+        raise ValueError(
+            f"the published configuration has {key} = {section[key]!r}; this library computes only {computed[0]!r}"
+        )
