@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class HybridCache(Cache):
     """What a model remembers. It is a value: measured in bytes, copied, saved, restored, reordered, selected by rows.
 
+    A call advances it in place. Gradients pass through one call; autograd refuses to go back through a state that a
+    later call has overwritten.
+
     Args:
         config: of the model. States are allocated at the first forward pass, or by `allocate`.
 
@@ -26,7 +29,7 @@ class HybridCache(Cache):
         seen: [B] int64, real tokens of each row so far (pads do not count); None before the first token.
     """
 
-    layers: list[MixerState]
+    layers: list[MixerState]  # type: ignore[assignment]
 
     def __init__(self, config: HybridConfig) -> None:
         assert config.mixers is not None
@@ -97,6 +100,9 @@ class HybridCache(Cache):
         Raises:
             ValueError: if it does not fit; the cache is then as it was.
         """
+        kept = ("seen", *(f"layers.{index}." for index in range(len(self.layers))))
+        if foreign := sorted(name for name in snapshot if not name.startswith(kept)):
+            raise ValueError(f"the snapshot holds what this cache of {len(self.layers)} layers lacks: {foreign[0]}")
         restored = []
         for index, layer in enumerate(self.layers):
             prefix = f"layers.{index}."

@@ -10,7 +10,7 @@ from typing import Any
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_checked(load: Callable[..., Any], source: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> Any:
     """Call transformers' `from_pretrained` and check what it did.
 
     Args:
@@ -19,6 +19,7 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str], *args
         use_safetensors: True by default; False also reads pickled weights (`pytorch_model.bin`), which can run code
             of whoever made them.
         strict: True by default; False accepts weights that are missing (initialised anew) or left over.
+        ignore_mismatched_sizes: False by default; True initialises weights of the wrong shape anew.
 
     Raises:
         OSError: if there are no weights, or only pickled ones.
@@ -26,10 +27,16 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str], *args
     """
     strict = kwargs.pop("strict", True)
     with_info = kwargs.pop("output_loading_info", False)
-    if kwargs.setdefault("use_safetensors", True):
+    if kwargs.setdefault("use_safetensors", True) and source is not None:
         _refuse_pickles(source)
-    model, info = load(source, *args, output_loading_info=True, **kwargs)
-    faults = [f"{kind} {_names(info[key])}" for kind, key in FAULTS if info.get(key)]
+    reshape = kwargs.pop("ignore_mismatched_sizes", False)
+    # transformers' own error about shapes does not name the weights, so it is asked to go on and report them.
+    model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=strict or reshape, **kwargs)
+    faults = [
+        f"{kind} {_names(info[key])}"
+        for kind, key in FAULTS
+        if info.get(key) and not (reshape and key == "mismatched_keys")
+    ]
     if faults and strict:
         raise ValueError(f"the weights in {source} do not fit the configuration: {'; '.join(faults)}")
     return (model, info) if with_info else model
@@ -43,8 +50,15 @@ FAULTS = (
 
 
 def _names(keys: Any) -> str:
-    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
+    names = sorted(_name(key) for key in keys)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} ({list(found)} instead of {list(expected)})"
 
 
 def _refuse_pickles(source: str | os.PathLike[str]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,74 +15,34 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
 from holdfast.loading import load_checked
 from holdfast.mixers import MIXERS, LearnedEviction, MixerOutput, MixerState, TokenLayout, TokenMixer
-from holdfast.mixers.layout import document_of_column, left_aligned_order
+from holdfast.mixers.base import projected_dtype
+from holdfast.mixers.layout import (
+    checked_cu_seqlens,
+    document_of_column,
+    left_aligned_order,
+    real_columns,
+    restore_order,
+)
 from holdfast.ops.norms import rms_norm
-
-
-@dataclass
-class RetentionOutput(ModelOutput):
-    """What the scorers said in one forward pass.
-
-    Attributes:
-        scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − ½; a pair is worth keeping where s > 0. With a cache,
-            scores of the last R // 2 tokens are not final (NaN while decoding token by token).
-        kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
-        penalised: [B, T] bool: those positions, real tokens with R // 2 tokens of future.
-    """
-
-    scores: tuple[Tensor, ...] | None = None
-    kept: Tensor | None = None
-    penalised: Tensor | None = None
-
-
-@dataclass
-class HybridModelOutput(ModelOutput):
-    """Output of `HybridModel`: last_hidden_state [B, T, hidden_size], and what `HybridCausalLMOutput` says."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: HybridCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    retention: RetentionOutput | None = None
-
-
-@dataclass
-class HybridCausalLMOutput(ModelOutput):
-    """Output of `HybridForCausalLM`.
-
-    Attributes:
-        loss: lm_loss + retention_loss, where labels were given.
-        lm_loss: mean cross-entropy of the next token.
-        retention_loss: mean over positions, layers and KV heads of λ·ReLU(s) (specification §3.6).
-        logits: [B, T or logits_to_keep, V].
-        past_key_values: the cache, advanced.
-        hidden_states: inputs of every block and the final norm's output, where asked for.
-        retention: scores and kept counts of the LTE layers; None without such layers.
-    """
-
-    loss: Tensor | None = None
-    lm_loss: Tensor | None = None
-    retention_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: HybridCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    retention: RetentionOutput | None = None
+from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
 
 
 class HybridPreTrainedModel(PreTrainedModel):
     """Initialisation and loading, shared by the stack and the language model."""
 
+    config: HybridConfig
     config_class = HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the Trainer averages the losses of accumulated batches
     _no_split_modules = ["HybridBlock"]  # noqa: RUF012
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["l1_lambda", "num_kept"]  # noqa: RUF012  (λ begins at 1e-9, which fp16 lacks)
     _is_stateful = True  # what was evicted cannot be rolled back: assisted generation must refuse
 
     @torch.no_grad()
@@ -92,16 +51,18 @@ class HybridPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             shrink = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "writes_residual", False) else 1
             init.normal_(module.weight, mean=0.0, std=std / shrink)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
-        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights(init)
         elif isinstance(module, HybridModel) and module.has_scorers:
             init.zeros_(module.l1_lambda)
             init.zeros_(module.num_kept)
+        elif not isinstance(module, PreTrainedModel) and callable(initialise := getattr(module, "init_weights", None)):
+            initialise(init)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a model from a directory or the hub, in this library's or the published format.
 
         As in transformers, but nothing is initialised silently: see `holdfast.loading.load_checked`.
@@ -142,14 +103,16 @@ class HybridBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: HybridConfig, index: int) -> None:
         super().__init__()
-        assert config.mixers is not None and config.intermediate_size is not None
+        assert config.mixers is not None
+        assert config.intermediate_size is not None
         name = config.mixers[index]
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn: TokenMixer = MIXERS[name](config.hidden_size, config.rms_norm_eps, config.options_for(name))
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         if config.scale_residual_init:
-            self.attn.o_proj.writes_residual = self.mlp.down_proj.writes_residual = True  # type: ignore[union-attr]
+            for output in (self.attn.o_proj, self.mlp.down_proj):
+                output.writes_residual = True  # type: ignore[union-attr]
 
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
         mixed = self.attn(self.attn_norm(hidden), layout, state)
@@ -159,6 +122,9 @@ class HybridBlock(GradientCheckpointingLayer):
 
 class HybridModel(HybridPreTrainedModel):
     """The stack of blocks, without the language-model head."""
+
+    l1_lambda: Tensor
+    num_kept: Tensor
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -213,17 +179,16 @@ class HybridModel(HybridPreTrainedModel):
             cache.advance(layout.length, layout.num_real)
         retention = self._retention(scores, layout, order) if scores else None
         return HybridModelOutput(
-            last_hidden_state=_restore_order(hidden, order),
+            last_hidden_state=restore_order(hidden, order),
             past_key_values=cache,
-            hidden_states=tuple(_restore_order(h, order) for h in (*every, hidden)) if output_hidden_states else None,
+            hidden_states=tuple(restore_order(h, order) for h in (*every, hidden)) if output_hidden_states else None,
             retention=retention,
         )
 
     def _cache(
         self, cache: HybridCache | None, use_cache: bool | None, cu_seqlens: Tensor | None, hidden: Tensor
     ) -> HybridCache | None:
-        if cache is not None and not isinstance(cache, HybridCache):
-            raise ValueError(f"past_key_values must be a holdfast.HybridCache, got {type(cache).__name__}")
+        _require_hybrid_cache(cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cu_seqlens is not None:
@@ -231,11 +196,13 @@ class HybridModel(HybridPreTrainedModel):
                 raise ValueError("cu_seqlens packs whole documents and cannot be combined with past_key_values")
             return None
         if self.training and self.gradient_checkpointing:
+            if cache is not None:
+                raise ValueError("gradient checkpointing would advance past_key_values twice: leave the cache out")
             return None
         if cache is None and use_cache:
             cache = HybridCache(self.config)
         if cache is not None:
-            cache.allocate(hidden.shape[0], hidden.dtype, hidden.device)
+            cache.allocate(hidden.shape[0], projected_dtype(hidden), hidden.device)
         return cache
 
     def _arrange(
@@ -249,10 +216,12 @@ class HybridModel(HybridPreTrainedModel):
             seen, fresh = torch.zeros(batch, dtype=torch.long, device=hidden.device), True
         columns = torch.arange(length, device=hidden.device).expand(batch, -1)
         if cu_seqlens is not None:
-            cu_seqlens = _checked_cu_seqlens(cu_seqlens, hidden, mask)
+            if mask is not None:
+                raise ValueError("attention_mask and cu_seqlens exclude each other: packed documents have no pads")
+            cu_seqlens = checked_cu_seqlens(cu_seqlens, batch, length).to(hidden.device, torch.long)
             starts = cu_seqlens[document_of_column(cu_seqlens, length)]
             return hidden, TokenLayout(seen, columns - starts, None, cu_seqlens), None
-        real = _real_columns(mask, batch, length)
+        real = real_columns(mask, batch, length)
         if real is None:
             return hidden, TokenLayout(seen, seen.unsqueeze(1) + columns, None, None, fresh), None
         order = left_aligned_order(real)
@@ -267,9 +236,9 @@ class HybridModel(HybridPreTrainedModel):
         sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
         kept = torch.stack([((s.detach() > 0) & penalised.unsqueeze(2)).sum((0, 1)) / sequences for s in scores])
         return RetentionOutput(
-            scores=tuple(_restore_order(s, order) for s in scores),
+            scores=tuple(restore_order(s, order) for s in scores),
             kept=kept,
-            penalised=_restore_order(penalised, order),
+            penalised=restore_order(penalised, order),
         )
 
 
@@ -288,13 +257,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return self.model.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value  # type: ignore[assignment]
+        self.model.embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings  # type: ignore[assignment]
+        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -358,7 +327,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     def _retention_loss(self, retention: RetentionOutput | None, like: Tensor) -> Tensor:
         if retention is None:
             return like.new_zeros((), dtype=torch.float32)
-        assert retention.scores is not None and retention.penalised is not None
+        assert retention.scores is not None
+        assert retention.penalised is not None
         count = retention.penalised.sum().clamp(min=1)
         per_layer = [
             (F.relu(s) * lam).masked_fill(~retention.penalised.unsqueeze(2), 0).sum() / (count * s.shape[2])
@@ -366,8 +336,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         ]
         return torch.stack(per_layer).mean()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        if (given := model_kwargs.get("past_key_values")) is not None:
+            _require_hybrid_cache(given)
+            given._is_user_defined = True  # generate then leaves it whole
+            return
+        if generation_config.use_cache is False:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
@@ -377,39 +353,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = HybridCache(self.config)
 
 
-def _restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
-    """Undo a column order [B, T] on columns [B, T, ...]."""
-    if order is None:
-        return columns
-    inverse = order.argsort(dim=1)
-    return columns.gather(1, inverse.view(*inverse.shape, *[1] * (columns.dim() - 2)).expand_as(columns))
-
-
-def _real_columns(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """[B, T] bool from an attention mask over these columns, or over the past and these; None: all real."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must be [B, T] with 0 at pads, got {tuple(mask.shape)} for {batch} × {length}"
-        )
-    real = mask[:, -length:].bool()
-    # Cheap to look where looking does not stall a device; everything is simpler without pads.
-    return None if real.device.type == "cpu" and bool(real.all()) else real
-
-
-def _checked_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        raise ValueError("attention_mask and cu_seqlens exclude each other: packed documents have no pads")
-    if hidden.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs a batch of one row, got {hidden.shape[0]}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens must be a 1-D tensor of integer offsets [0, end of document 1, …, T]")
-    if cu_seqlens.device.type == "cpu":
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != hidden.shape[1] or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens must rise from 0 to the length {hidden.shape[1]}, got {ends}")
-    return cu_seqlens.to(hidden.device, torch.long)
+def _require_hybrid_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, HybridCache):
+        raise ValueError(f"past_key_values must be a holdfast.HybridCache(config), got a {type(cache).__name__}")
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

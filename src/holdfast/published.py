@@ -52,15 +52,20 @@ NSA_KEYS = {"window_size": "window", "block_size": "block_size", "block_counts":
 def from_published(published: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `HybridConfig` for a published `config.json`.
 
+    Settings that change speed only (`fuse_*`, `attn_mode`) and those of the training schedule (`l1_warmup_steps`,
+    `routing_freeze_steps`) say nothing about the model and are left out.
+
     Raises:
-        ValueError: naming the setting that this library does not compute.
+        ValueError: naming the setting that is missing, or that this library does not compute.
     """
     model_type = published.get("model_type")
     if model_type not in PUBLISHED_TYPES:
         raise ValueError(f"model_type {model_type!r} is not a published format; known: {', '.join(PUBLISHED_TYPES)}")
+    _need(published, "the published configuration", ("hidden_size", "num_hidden_layers"))
     _refuse(published, "hidden_act", ("swish", "silu"))
     _refuse(published, "hidden_ratio", (4,))
     arguments = {ours: published[theirs] for theirs, ours in SHARED_KEYS.items() if theirs in published}
+    controller: dict[str, Any]
     if model_type in ("transformer", "nsa"):
         name, options, controller = _attention(published, published["hidden_size"], model_type == "nsa")
         return arguments | {"mixers": [name], "mixer_options": {name: options}, "controller": controller}
@@ -71,10 +76,13 @@ def from_published(published: Mapping[str, Any]) -> dict[str, Any]:
     linear = {key: published[key] for key in keys if published.get(key) is not None}
     linear["expand_v"] = float(published.get("expand_v", 2))
     every = {"gated_deltanet": linear}
-    controller: dict[str, Any] = {}
+    controller = {}
     if attention := published.get("attn"):
         name, every_attention, controller = _attention(attention, published["hidden_size"], False)
+        _need(attention, "the section 'attn'", ("layers",))
         for layer in attention["layers"]:
+            if not 0 <= layer < len(mixers):
+                raise ValueError(f"the section 'attn' names layer {layer}, but there are {len(mixers)} layers")
             mixers[layer] = name
         every[name] = every_attention
     return arguments | {"mixers": mixers, "mixer_options": every, "controller": controller}
@@ -84,11 +92,14 @@ def _attention(
     section: Mapping[str, Any], hidden_size: int, sparse: bool
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Name, options and controller settings of the softmax mixer that a published section describes."""
+    _refuse(section, "qk_norm", (False,))
     options = {key: section[key] for key in ATTENTION_KEYS if section.get(key) is not None}
+    _need(options, "the attention section", ("num_heads",))
     options.setdefault("head_dim", hidden_size // options["num_heads"])
     kind = section.get("attn_type", "nsa" if sparse else None)
     if kind == "lte":
         _refuse(section, "routing_method", ("sigmoid",))
+        _refuse(section, "routing_grad", (True,))
         options |= {ours: section[theirs] for theirs, ours in EVICTION_KEYS.items() if theirs in section}
         controller = {ours: section[theirs] for theirs, ours in CONTROLLER_KEYS.items() if theirs in section}
         return "learned_eviction", options, controller
@@ -108,6 +119,8 @@ def to_published(config: HybridConfig) -> dict[str, Any]:
     Raises:
         ValueError: where the published format cannot say what the configuration says.
     """
+    assert config.mixers is not None
+    assert config.mixer_options is not None
     kinds = sorted(set(config.mixers) - {"gated_deltanet"})
     if len(kinds) > 1:
         raise ValueError(f"the published format holds one kind of attention per model, this one has {', '.join(kinds)}")
@@ -131,6 +144,8 @@ def to_published(config: HybridConfig) -> dict[str, Any]:
 def _published_attention(config: HybridConfig, name: str, allowed: set[str]) -> dict[str, Any]:
     if name not in allowed and name != "native_sparse_attention":
         raise ValueError(f"the published format has no pure '{name}' model")
+    assert config.mixer_options is not None
+    assert config.controller is not None
     options = config.mixer_options[name]
     section: dict[str, Any] = {key: options.get(key) for key in ATTENTION_KEYS}
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
@@ -145,6 +160,11 @@ def _published_attention(config: HybridConfig, name: str, allowed: set[str]) -> 
         section |= {theirs: options[ours] for theirs, ours in NSA_KEYS.items() if ours in options}
         return section | {"attn_type": "nsa", "model_type": "nsa"}
     return section | {"window_size": options.get("window"), "model_type": "transformer"}
+
+
+def _need(section: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
+    if lacking := [key for key in keys if section.get(key) is None]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
 
 
 def _refuse(section: Mapping[str, Any], key: str, computed: tuple[Any, ...]) -> None:

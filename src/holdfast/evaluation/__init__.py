@@ -1,1 +1,1 @@
-
+"""Measuring models: needle recall by distance (`needle`), perplexity by position (`perplexity`)."""

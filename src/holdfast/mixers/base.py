@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -28,14 +28,17 @@ class MixerOptions:
         known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise ValueError(f"mixer '{name}' has no option {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
+        required = [entry.name for entry in fields(cls) if entry.default is MISSING]  # type: ignore[arg-type]
+        if lacking := [key for key in required if key not in values]:
+            raise ValueError(f"mixer '{name}' needs the option {', '.join(lacking)}")
         try:
             return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"mixer '{name}': {error}") from None
 
 
 class MixerOutput(NamedTuple):
-    """What a mixer gives back: `hidden` [B, T, hidden_size], and the retention scores s [B, T, Hkv] fp32 if it has any."""
+    """What a mixer gives back: `hidden` [B, T, hidden_size], and retention scores s [B, T, Hkv] fp32 if it has any."""
 
     hidden: Tensor
     scores: Tensor | None = None
@@ -76,6 +79,14 @@ class TokenMixer(nn.Module, ABC):
 def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """The projections of this library carry no bias unless asked for."""
     return nn.Linear(in_features, out_features, bias=bias)
+
+
+def projected_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype that a projection of `hidden` has: the same, or that of autocast."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
 
 def require(condition: bool, message: str | Callable[[], str]) -> None:

@@ -121,6 +121,7 @@ class GatedDeltaNet(TokenMixer):
             cu_seqlens=layout.cu_seqlens,
         )
         if past is not None:
+            assert recurrent is not None
             past.recurrent.copy_(recurrent)
         gate = self.g_proj(hidden).view_as(out)
         return MixerOutput(self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.norm_eps).flatten(2)))

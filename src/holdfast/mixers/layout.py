@@ -67,6 +67,11 @@ class TokenLayout:
         return self.real.sum(dim=1)
 
     @cached_property
+    def token_positions(self) -> Tensor:
+        """[B, T] int64: `positions`, with −1 at pads."""
+        return self.positions if self.real is None else self.positions.masked_fill(~self.real, -1)
+
+    @cached_property
     def starts(self) -> Tensor | None:
         """[B, T] bool, True at the first column of each packed document; None without packing."""
         if self.cu_seqlens is None:
@@ -99,6 +104,23 @@ def plain_layout(batch_size: int, length: int, device: torch.device | str = "cpu
     return TokenLayout(seen, torch.arange(length, device=device).expand(batch_size, length))
 
 
+def real_columns(mask: Tensor | None, batch_size: int, length: int) -> Tensor | None:
+    """[B, T] bool from an attention mask over these columns, or over the past and these; None: all real.
+
+    Raises:
+        ValueError: the mask is not [B, T] or [B, past + T].
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] != batch_size or mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be [B, T] with 0 at pads, got {tuple(mask.shape)} for {batch_size} × {length}"
+        )
+    real = mask[:, -length:].bool()
+    # Cheap to look where looking does not stall a device; everything is simpler without pads.
+    return None if real.device.type == "cpu" and bool(real.all()) else real
+
+
 def pads_first(rows: Tensor, num_past: int, num_pads: Tensor | None) -> Tensor:
     """Rows [B, num_past + T, ...] = past rows, then a chunk that begins with pads → the pads, the past, the tokens.
 
@@ -115,6 +137,31 @@ def pads_first(rows: Tensor, num_past: int, num_pads: Tensor | None) -> Tensor:
 def left_aligned_order(mask: Tensor) -> Tensor:
     """Column order [B, T] that moves the pads (False in `mask` [B, T]) of every row in front of its tokens."""
     return mask.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Undo a column order [B, T] on columns [B, T, ...]; None returns them unchanged."""
+    if order is None:
+        return columns
+    inverse = order.argsort(dim=1)
+    return columns.gather(1, inverse.view(*inverse.shape, *[1] * (columns.dim() - 2)).expand_as(columns))
+
+
+def checked_cu_seqlens(cu_seqlens: Tensor, batch_size: int, length: int) -> Tensor:
+    """`cu_seqlens`, if it can be the offsets of documents packed into one row; values are looked at only on a CPU.
+
+    Raises:
+        ValueError: there are several rows, or the offsets do not rise from 0 to `length`.
+    """
+    if batch_size != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one row, got {batch_size}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError("cu_seqlens must be a 1-D tensor of integer offsets [0, end of document 1, …, T]")
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {ends}")
+    return cu_seqlens
 
 
 def document_of_column(cu_seqlens: Tensor, length: int) -> Tensor:

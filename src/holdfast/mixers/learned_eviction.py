@@ -57,7 +57,7 @@ class LearnedEvictionOptions(AttentionOptions):
         )
         require(
             self.window + 1 >= self.receptive_field // 2,
-            f"window ({self.window}) is shorter than the scorer's view of the future ({self.receptive_field // 2} tokens)",
+            f"window ({self.window}) is shorter than the future that the scorer reads ({self.receptive_field // 2})",
         )
 
     @property
@@ -118,9 +118,8 @@ class LearnedEviction(SoftmaxAttention):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout) -> MixerOutput:
         """All tokens at once, without a cache."""
         scores = self._score(features, layout)
-        if torch.is_grad_enabled() and scores.requires_grad:
-            v = straight_through(v, scores)
-        visible_until = confine(self._retention(scores, layout.positions, layout), layout)
+        v = self._teaching(v, scores)
+        visible_until = confine(self._retention(scores, layout), layout)
         out = retained_attention(q, k, v, visible_until, self.options.window)
         return MixerOutput(self.output(out), scores)
 
@@ -130,6 +129,7 @@ class LearnedEviction(SoftmaxAttention):
         """A prompt or a part of it: the past in front, then as in one pass. O(budget + window) more than without."""
         tail = state.extended_tail(features, layout)
         scores = self._score_tail(tail, layout)
+        v = self._teaching(v, scores[:, -layout.length :])
         rows = gather_rows(k, v, scores, layout, state)
         effective = self._effective(rows.scores, rows.positions)
         visible_until = streaming_retention(effective, self.options.budget, self.options.window)
@@ -153,6 +153,11 @@ class LearnedEviction(SoftmaxAttention):
         state.tail.copy_(tail[:, 1:])
         pending = score.new_full((score.shape[0], 1, score.shape[1]), torch.nan) if reach else score.unsqueeze(1)
         return MixerOutput(self.output(attend_slots(q, state)), pending)
+
+    @staticmethod
+    def _teaching(v: Tensor, scores: Tensor) -> Tensor:
+        """The values, unchanged; where gradients are wanted, theirs also reach the scores."""
+        return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
 
     def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
@@ -183,9 +188,9 @@ class LearnedEviction(SoftmaxAttention):
         scores = scores.detach().masked_fill(positions < self.options.sinks, torch.inf)
         return scores.masked_fill(positions < 0, -torch.inf)
 
-    def _retention(self, scores: Tensor, positions: Tensor, layout: TokenLayout) -> Tensor:
+    def _retention(self, scores: Tensor, layout: TokenLayout) -> Tensor:
         """visible_until [B, T, Hkv] of whole sequences."""
-        effective = self._effective(scores, positions.unsqueeze(2))
+        effective = self._effective(scores, layout.token_positions.unsqueeze(2))
         if not self.training:
             return streaming_retention(effective, self.options.budget, self.options.window, starts=layout.starts)
         if not self.eviction:

@@ -63,18 +63,12 @@ class ConvScorer(nn.Module):
             valid = valid.expand(batch, -1).repeat(heads, 1)
         for conv in self.conv_stack.convs:
             x = F.dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout, self.training)
+            assert isinstance(conv, nn.Conv2d)
             x = F.silu(_grouped_conv(x, conv))
             edge = (valid.shape[1] - x.shape[2]) // 2
             valid = valid[:, edge : valid.shape[1] - edge]
         logits = _grouped_conv(x, self.conv_stack.proj).view(heads, batch, -1).permute(1, 2, 0)
         return torch.sigmoid(logits.float()) - 0.5
-
-    def init_weights(self, init: Any) -> None:
-        """Kaiming-normal weights (fan-in); the last bias is +0.5, so that training starts by keeping everything."""
-        for conv in (*self.conv_stack.convs, self.conv_stack.proj):
-            init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
-            init.zeros_(conv.bias)
-        init.constant_(self.conv_stack.proj.bias, 0.5)
 
 
 class _ConvStack(nn.Module):
@@ -84,13 +78,24 @@ class _ConvStack(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList()
         for kernel, dilation in zip(kernel_sizes, dilations, strict=True):
-            self.convs.append(
-                nn.Conv2d(
-                    groups * channels, groups * (channels // 2), (1, kernel), dilation=(1, dilation), groups=groups
-                )
-            )
+            self.convs.append(_ScorerConv(groups, channels, channels // 2, kernel, dilation))
             channels //= 2
-        self.proj = nn.Conv2d(groups * channels, groups, (1, 1), groups=groups)
+        self.proj = _ScorerConv(groups, channels, 1)
+        self.proj.initial_bias = 0.5  # training starts by keeping everything
+
+
+class _ScorerConv(nn.Conv2d):
+    """A grouped convolution over time that knows its initial values: Kaiming-normal (fan-in), and a constant bias."""
+
+    initial_bias: float = 0.0
+    bias: nn.Parameter
+
+    def __init__(self, groups: int, inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> None:
+        super().__init__(groups * inputs, groups * outputs, (1, kernel), dilation=(1, dilation), groups=groups)
+
+    def init_weights(self, init: Any) -> None:
+        init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
+        init.constant_(self.bias, self.initial_bias)
 
 
 def receptive_field(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> int:

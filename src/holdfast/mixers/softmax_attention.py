@@ -115,10 +115,9 @@ class FullAttention(SoftmaxAttention):
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
         q, k, v = self.project(hidden)
         q, k = self.rotate(q, layout), self.rotate(k, layout)
+        real = layout.real
         if isinstance(state, FullState):
             k, v, real = state.append(k, v, layout)
-        else:
-            real = layout.real
         visible_until = None
         if layout.last_columns is not None:
             visible_until = layout.last_columns.unsqueeze(2)
@@ -185,8 +184,7 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
         k, v: [B, T, Hkv, D]. scores: [B, R // 2 + T, Hkv], also of the tokens whose scores were not final before;
             None for a state without a store.
     """
-    positions = layout.positions if layout.real is None else layout.positions.masked_fill(~layout.real, EMPTY)
-    positions = positions.unsqueeze(2).expand(-1, -1, k.shape[2])
+    positions = layout.token_positions.unsqueeze(2).expand(-1, -1, k.shape[2])
     if layout.fresh:
         chunk = torch.zeros_like(positions, dtype=torch.float32) if scores is None else scores[:, -k.shape[1] :]
         return PastRows(k, v, chunk, positions)
@@ -194,10 +192,15 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
     num_past = past.keys.shape[1]
 
     def join(old: Tensor, new: Tensor) -> Tensor:
-        return pads_first(torch.cat([old, new.to(old.dtype)], dim=1), num_past, pads)
+        return pads_first(torch.cat([old.to(new.dtype), new], dim=1), num_past, pads)
 
     joined = join(past.scores, torch.zeros_like(positions, dtype=torch.float32))
     if scores is not None:
+        latest = joined[:, -scores.shape[1] :]
+        if pads is not None:
+            # As many of the rescored rows as there are pads are older tokens: their scores were final already.
+            index = torch.arange(scores.shape[1], device=scores.device)
+            scores = torch.where((index < pads.unsqueeze(1)).unsqueeze(2), latest, scores)
         joined = torch.cat([joined[:, : -scores.shape[1]], scores], dim=1)
     return PastRows(join(past.keys, k), join(past.values, v), joined, join(past.positions, positions))
 
@@ -207,7 +210,8 @@ def attend_slots(q: Tensor, state: WindowState) -> Tensor:
     batch, _, heads, dim = q.shape
     groups = q.view(batch, state.num_kv_heads, heads // state.num_kv_heads, dim)  # the group takes the place of time
     visible = state.visible_slots().unsqueeze(2)
-    out = F.scaled_dot_product_attention(groups, state.keys, state.values, attn_mask=visible)
+    keys, values = state.keys.to(q.dtype), state.values.to(q.dtype)
+    out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible)
     return out.view(batch, 1, heads, dim)
 
 
@@ -246,4 +250,5 @@ class FullState(MixerState):
         self.keys[:, :, start:total] = k.transpose(1, 2)
         self.values[:, :, start:total] = v.transpose(1, 2)
         self.real[:, start:total] = True if layout.real is None else layout.real
-        return self.keys[:, :, :total].transpose(1, 2), self.values[:, :, :total].transpose(1, 2), self.real[:, :total]
+        keys, values = self.keys[:, :, :total].transpose(1, 2), self.values[:, :, :total].transpose(1, 2)
+        return keys.to(k.dtype), values.to(v.dtype), self.real[:, :total]

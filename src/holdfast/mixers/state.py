@@ -33,6 +33,9 @@ class MixerState(CacheLayerMixin):
     `update`, through which transformers' attention layers write, is therefore refused.
     """
 
+    keys: Tensor
+    values: Tensor
+
     growing: ClassVar[bool] = False
     """Whether the bytes depend on the number of tokens."""
 
@@ -81,7 +84,9 @@ class MixerState(CacheLayerMixin):
         if self.is_initialized:
             batch_size = next(iter(self.tensors.values())).shape[0]
             for name, entry in self.spec(batch_size, self.dtype).items():
-                self.tensors[name] = torch.full(entry.shape, entry.fill, dtype=entry.dtype, device=self.device)
+                tensor = self.tensors[name].detach()
+                same = tensor.shape == entry.shape
+                self.tensors[name] = tensor.fill_(entry.fill) if same else tensor.new_full(entry.shape, entry.fill)
         self.columns = 0
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The fixed-size memory of sliding-window attention and of learned eviction: a ring of recent pairs, a store of old."""
+"""The fixed-size memory of sliding-window attention and of learned eviction: a ring of recent pairs and a store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class PastRows:
-    """The pairs that a state holds, oldest first: P = budget + window + 1 rows, of which the last window + 1 are recent.
+    """The pairs that a state holds, oldest first: P = budget + window + 1 rows, the last window + 1 of them recent.
 
     Attributes:
         keys, values: [B, P, Hkv, D]. scores: [B, P, Hkv] fp32. positions: [B, P, Hkv] int64, negative where the row
@@ -159,8 +159,13 @@ class WindowState(MixerState):
         real = None if layout.real is None else layout.real[:, 0]
         if self.budget:
             assert score is not None
-            self._store_score(score, batch, real)
+            # The final score may be the leaving pair's, which is decided by it; but one without future context is the
+            # new token's, and its slot is still the leaving pair's.
+            if self.receptive_field > 1:
+                self._store_score(score, batch, real)
             self._retire(batch, slot, sinks, real)
+            if self.receptive_field == 1:
+                self._store_score(score, batch, real)
         for tensor, new in ((self.keys, key), (self.values, value)):
             if real is not None:
                 new = torch.where(real[:, None, None], new, tensor[batch, :, slot])

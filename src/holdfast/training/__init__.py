@@ -1,1 +1,43 @@
+"""Training: the budget controller, the retention schedule, recipes, and the glue to transformers' Trainer."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from holdfast.training.controller import BudgetController, CollapsedHead, ControllerConfig, RetentionWatch
+from holdfast.training.schedule import RetentionSchedule, learned_eviction_layers
+from holdfast.training.settings import SettingsError
+
+# These import transformers' Trainer, which takes seconds: only when asked for.
+_LAZY = {
+    "HybridTrainer": "trainer",
+    "MetricsFile": "metrics",
+    "ProgressBar": "metrics",
+    "Recipe": "recipe",
+    "RetentionCallback": "callbacks",
+    "RunDirectoryError": "run",
+    "TrainingDivergedError": "trainer",
+    "list_recipes": "recipe",
+    "load_recipe": "recipe",
+    "parameter_groups": "trainer",
+    "read_metrics": "metrics",
+    "train": "run",
+}
+
+__all__ = [
+    "BudgetController",
+    "CollapsedHead",
+    "ControllerConfig",
+    "RetentionSchedule",
+    "RetentionWatch",
+    "SettingsError",
+    "learned_eviction_layers",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"holdfast.training.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

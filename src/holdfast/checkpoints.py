@@ -1,0 +1,88 @@
+"""Checkpoints in this library's and in the published format, one into the other (specification §4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import snapshot_download
+
+from holdfast.loading import PICKLE_PATTERNS
+from holdfast.modeling import HybridForCausalLM
+from holdfast.published import to_published
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: Literal["holdfast", "published"],
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Read a checkpoint in either format and write it in `format`: config.json, safetensors, tokenizer files.
+
+    Everything is written to a temporary directory next to `target`, which takes its place when it is complete.
+
+    Args:
+        source: directory or hub id.
+        target: directory to make.
+        format: "holdfast" or "published". Weights are the same; config.json differs.
+        overwrite: replace `target` if it exists.
+        allow_pickle: also read pickled weights, which can run code of whoever made them.
+        dtype: of the weights; None keeps theirs.
+
+    Returns:
+        The path of `target`.
+
+    Raises:
+        ValueError: the format is unknown or cannot say what the configuration says, or the weights do not fit it.
+        FileExistsError: `target` exists.
+        OSError: there are no weights, or only pickled ones.
+    """
+    if format not in ("holdfast", "published"):
+        raise ValueError(f"format must be 'holdfast' or 'published', got {format!r}")
+    target = Path(target).resolve()
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another target or pass overwrite=True")
+    folder = _local_folder(source, allow_pickle)
+    use_safetensors = None if allow_pickle else True  # None: whichever is there
+    model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
+    published = to_published(model.config) if format == "published" else None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        made = Path(scratch) / "new"
+        model.save_pretrained(made)
+        if published is not None:
+            (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+        for path in (path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()):
+            shutil.copyfile(path, made / path.name)
+        if target.exists():
+            target.rename(Path(scratch) / "old")  # deleted with the scratch directory
+        made.rename(target)
+    return target
+
+
+def _local_folder(source: str | os.PathLike[str], allow_pickle: bool) -> Path:
+    """The directory `source`, or that of a download from the hub with the files that matter."""
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
+    return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))

@@ -1,0 +1,101 @@
+"""The command line: `holdfast COMMAND`.
+
+A command is a module of this package with a function `run(arguments)`, imported when the command is given. What takes
+long to import (torch, transformers) is imported inside the functions that need it, so that help texts come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from holdfast.cli.errors import UsageError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "Train a model by a recipe, or continue where a run stopped.",
+    "evaluate": "Measure trained models: recall of needles by distance, or perplexity of text.",
+    "generate": "Continue a prompt, or answer the questions of a needle sample.",
+    "convert": "Rewrite a checkpoint in this library's or in the published format.",
+    "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
+    "demo": "Train four small models on this machine and compare what they remember.",
+}
+
+USAGE = """\
+usage: holdfast COMMAND [OPTIONS]
+
+Language models whose memory does not grow, and which still remember.
+
+commands:
+{commands}
+
+options:
+  -h, --help   Show this text; `holdfast COMMAND --help` shows that of a command.
+  --version    Show the version.
+  --debug      Show the traceback of an error.
+
+examples:
+  holdfast demo --short
+  holdfast info gdn-lte-1.4b gdn-attn-1.4b
+  holdfast train needle-lalte --training.max-steps 500
+  holdfast evaluate needle runs/needle-lalte
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments after the program's name; None: those of this process.
+
+    Returns:
+        The exit status: 0; 1 when the command failed; 2 when it was called wrongly; 130 when it was interrupted. What
+        went wrong stands in one line on standard error; with `--debug` the exception is raised instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _dispatch(arguments)
+    except SystemExit as stop:  # tyro has shown its help or its error
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        return _complain(_one_line(error), 2 if isinstance(error, UsageError) else 1)
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())), end="")
+    elif arguments[0] == "--version":
+        print(f"holdfast {metadata.version('holdfast')}")
+    elif arguments[0] in COMMANDS:
+        importlib.import_module(f"holdfast.cli.{arguments[0]}").run(arguments[1:])
+    else:
+        raise UsageError(f"There is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"holdfast: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # Messages of this library are sentences; of other exceptions the name says more than the bare text.
+    expected = isinstance(error, ValueError | RuntimeError | OSError) and text
+    return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

@@ -1,0 +1,125 @@
+"""What the commands share: consoles, and reading models, recipes and tasks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from holdfast.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from holdfast.data.needle import NeedleTask
+    from holdfast.training.recipe import Recipe
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def output_console() -> Console:
+    """Standard output; into a file or a pipe wide enough for every table."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def error_console() -> Console:
+    """Standard error, for remarks that are not the result."""
+    return Console(stderr=True, highlight=False)
+
+
+def read_recipe(name: str) -> Recipe:
+    """The recipe of this name or path.
+
+    Raises:
+        UsageError: if there is none, or it is wrong.
+    """
+    from holdfast.training.recipe import load_recipe
+    from holdfast.training.settings import SettingsError
+
+    try:
+        return load_recipe(name)
+    except (FileNotFoundError, IsADirectoryError, SettingsError) as error:
+        raise UsageError(str(error)) from error
+
+
+def model_directory(name: str) -> Path:
+    """`name` as the path of a directory with a saved model.
+
+    Raises:
+        UsageError: if there is no model.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        raise UsageError(f"There is no model directory {name}; give one that `holdfast train` or `convert` wrote.")
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
+    return directory
+
+
+def read_model(directory: Path, dtype: str = "float32") -> Any:
+    """The `HybridForCausalLM` saved in `directory`, in evaluation mode, on the accelerator where there is one."""
+    import torch
+
+    from holdfast.modeling import HybridForCausalLM
+
+    quieten_transformers()
+    model = HybridForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(accelerator or "cpu")
+
+
+def quieten_transformers() -> None:
+    """Show neither a bar for every file of weights nor advice that does not apply to these models."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def read_task(directory: Path, **changes: Any) -> NeedleTask:
+    """The needle task that the model in `directory` was trained on, as its recipe.toml says.
+
+    Args:
+        directory: of the run. Without a recipe.toml, or with one for text, the task has its default settings.
+        changes: settings that replace the recipe's; None leaves one as it is.
+
+    Raises:
+        UsageError: if the settings do not fit together.
+    """
+    import dataclasses
+
+    from holdfast.data.needle import NeedleTask
+    from holdfast.training.recipe import NeedleData
+
+    task = NeedleTask()
+    if (directory / "recipe.toml").is_file():
+        data = read_recipe(str(directory / "recipe.toml")).data
+        task = data.task if isinstance(data, NeedleData) else task
+    try:
+        return dataclasses.replace(task, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def format_bytes(count: int) -> str:
+    """`count` with three digits and a binary unit: 512 B, 41.0 KiB, 1.50 GiB."""
+    size, unit = float(count), ""
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1024, larger
+    return f"{_three_digits(size)} {unit}" if unit else f"{count} B"
+
+
+def format_count(count: float) -> str:
+    """`count` with three digits and a decimal suffix: 512, 1.37 G."""
+    size, suffix = float(count), ""
+    for larger in (" k", " M", " G", " T"):
+        if size < 999.5:
+            break
+        size, suffix = size / 1000, larger
+    return f"{_three_digits(size)}{suffix}" if suffix else f"{count:g}"
+
+
+def _three_digits(size: float) -> str:
+    return f"{size:#.3g}".rstrip(".")

@@ -1,0 +1,59 @@
+"""`holdfast convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from holdfast.cli.common import model_directory, output_console
+from holdfast.cli.parsing import parse
+
+DESCRIPTION = """\
+Rewrite a checkpoint: weights as safetensors, the configuration, and the tokenizer if there is one. SOURCE may be in
+this library's or in the published format and is not changed.
+
+examples:
+  holdfast convert downloads/gated-deltanet-lte-0.4B-10B models/lte --format holdfast
+  holdfast convert runs/needle-lalte published/needle-lalte --format published
+"""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Rewrite a checkpoint in another format."""
+
+    source: tyro.conf.Positional[str]
+    """Directory of a saved model, in either format."""
+    target: tyro.conf.Positional[str]
+    """Directory to write; it must not exist."""
+    format: Literal["holdfast", "published"]
+    """Names and configuration: those of this library, or of the published checkpoints."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Convert the weights to this type; left out: as they are."""
+    overwrite: bool = False
+    """Replace TARGET if it exists."""
+    allow_pickle: bool = False
+    """Read pickled weights (pytorch_model.bin) too, which can run code of whoever made them."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse and convert."""
+    settings = parse(Convert, arguments or ["--help"], prog="holdfast convert", description=DESCRIPTION)
+    source = model_directory(settings.source)
+
+    import torch
+
+    from holdfast.checkpoints import convert
+
+    written = convert(
+        source,
+        settings.target,
+        format=settings.format,
+        overwrite=settings.overwrite,
+        allow_pickle=settings.allow_pickle,
+        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
+    )
+    output_console().print(f"The converted model is in {written}.", soft_wrap=True)

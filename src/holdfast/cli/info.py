@@ -1,0 +1,115 @@
+"""`holdfast info`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from rich.table import Table
+
+from holdfast.cli.common import format_bytes, format_count, output_console, read_recipe
+from holdfast.cli.errors import UsageError
+from holdfast.cli.parsing import parse
+from holdfast.files import write_json
+
+if TYPE_CHECKING:
+    from holdfast.configuration import HybridConfig
+    from holdfast.info import ModelCost
+
+DESCRIPTION = """\
+Show what models cost: parameters by part, operations per token, bytes of cache by context length. Nothing is allocated.
+
+examples:
+  holdfast info gdn-lte-1.4b
+  holdfast info gdn-lte-1.4b gdn-swa-1.4b gdn-attn-1.4b
+  holdfast info runs/needle-lalte --dtype float32 --json cost.json
+"""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what models cost."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Names or paths of recipes, or model directories, side by side."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """That the model computes in; the cache's keys and values have it."""
+    batch_size: int = 1
+    """Rows generated at once."""
+    json: Path | None = None
+    """Write all numbers to this file."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, compute, show."""
+    settings = parse(Info, arguments or ["--help"], prog="holdfast info", description=DESCRIPTION)
+    if settings.batch_size < 1:
+        raise UsageError(f"--batch-size is {settings.batch_size}; give at least 1.")
+
+    import torch
+
+    from holdfast.info import describe_cost
+
+    dtype = getattr(torch, settings.dtype)
+    costs = {
+        name: describe_cost(_read_config(name), dtype=dtype, batch_size=settings.batch_size) for name in settings.models
+    }
+    _show(costs)
+    if settings.json is not None:
+        write_json(settings.json, {name: cost.to_dict() for name, cost in costs.items()})
+
+
+def _read_config(name: str) -> HybridConfig:
+    from holdfast.configuration import HybridConfig
+
+    if not Path(name).is_dir():
+        return read_recipe(name).build_config()
+    if (Path(name) / "config.json").is_file():
+        return HybridConfig.from_pretrained(name)
+    if (Path(name) / "recipe.toml").is_file():  # a run that has not finished
+        return read_recipe(str(Path(name) / "recipe.toml")).build_config()
+    raise UsageError(f"{name} holds neither a config.json nor a recipe.toml; give a recipe or a model directory.")
+
+
+def _show(costs: dict[str, ModelCost]) -> None:
+    console = output_console()
+    named = {part for cost in costs.values() for part in cost.parameters}
+    fixed = ("retention scorer", "MLP", "norms", "output head")
+    parts = ["embeddings", *sorted(named - {"embeddings", *fixed}), *(part for part in fixed if part in named)]
+    table = _table("parameters", "part", costs)
+    for part in parts:
+        table.add_row(part, *(_cell(cost.parameters.get(part)) for cost in costs.values()))
+    table.add_section()
+    table.add_row("total", *(f"{cost.total_parameters:,}" for cost in costs.values()))
+    console.print(table)
+
+    table = _table("operations per token (forward, multiply-adds × 2)", "context", costs)
+    first = next(iter(costs.values()))
+    for context in first.flops:
+        table.add_row(f"{context:,}", *(format_count(cost.flops[context]) for cost in costs.values()))
+    if any(cost.scorer_flops for cost in costs.values()):
+        table.add_section()
+        scorers = (format_count(cost.scorer_flops) if cost.scorer_flops else "–" for cost in costs.values())
+        table.add_row("retention scorer alone", *scorers)
+    console.print(table)
+
+    rows = "1 row" if first.batch_size == 1 else f"{first.batch_size} rows"
+    table = _table(f"cache ({rows}, {first.dtype})", "context", costs)
+    for context in first.cache_bytes:
+        table.add_row(f"{context:,}", *(format_bytes(cost.cache_bytes[context]) for cost in costs.values()))
+    console.print(table)
+
+
+def _table(title: str, first_heading: str, costs: dict[str, ModelCost]) -> Table:
+    table = Table(title=title, title_justify="left", min_width=40)
+    table.add_column(first_heading, justify="left", no_wrap=True)
+    for name in costs:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
+
+
+def _cell(count: int | None) -> str:
+    return "–" if count is None else f"{count:,}"

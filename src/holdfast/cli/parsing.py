@@ -1,0 +1,55 @@
+"""Arguments into dataclasses by tyro, with its errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from holdfast.cli.errors import UsageError
+
+FRAME = " │|╭╮╰╯"
+RULE = "─-"
+
+
+def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:
+    """An instance of the dataclass `kind` (or of one of a union) from command-line arguments.
+
+    Args:
+        kind: the type, as `tyro.cli` takes it.
+        arguments: after the command's name.
+        prog: the command as a user types it.
+        description: above the options in the help text.
+        default: an instance whose values are the defaults; None: those of the type.
+
+    Raises:
+        UsageError: naming the argument that is unknown, missing or wrong.
+        SystemExit: once help has been shown.
+    """
+    defaults = {} if default is None else {"default": default}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=list(arguments), prog=prog, description=description, **defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{_in_one_line(printed.getvalue())} (`{prog} --help` shows all options)") from None
+
+
+def _in_one_line(box: str) -> str:
+    """What the box of an error by tyro says: a title, the message, and after a rule the options that come close."""
+    lines = [line.strip(FRAME) for line in box.splitlines()[1:]]
+    message = itertools.dropwhile(lambda line: not line.strip(RULE), lines)
+    text = " ".join(itertools.takewhile(lambda line: line.strip(RULE), message))
+    text = re.sub(r"^Error parsing [A-Z]\w+: ", "", text)  # the name of a class says nothing to a user
+    if "Perhaps you meant:" in lines:
+        following = lines[lines.index("Perhaps you meant:") :]
+        close = next((line.split()[0] for line in following if line.startswith("--")), None)
+        text += f"; did you mean {close}?" if close else ""
+    return text

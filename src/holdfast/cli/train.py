@@ -1,0 +1,73 @@
+"""`holdfast train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from holdfast.cli.common import output_console, read_recipe
+from holdfast.cli.errors import UsageError
+from holdfast.cli.parsing import parse
+
+USAGE = """\
+usage: holdfast train RECIPE [--resume] [OVERRIDES]
+       holdfast train --list
+
+Train a model from scratch by a recipe. The run is written to runs/NAME: the recipe as used, metrics.jsonl, checkpoints,
+and at the end the model. RECIPE is the name of a recipe that comes with holdfast, or the path of a TOML file.
+
+options:
+  --list      Show the recipes that come with holdfast.
+  --resume    Continue the run from its last checkpoint; from scratch if it has none.
+  OVERRIDES   Any setting of the recipe; `holdfast train RECIPE --help` shows them with their values.
+
+examples:
+  holdfast train needle-lalte
+  holdfast train needle-lalte --name trial --training.max-steps 200 --training.seed 3
+  holdfast train runs/trial/recipe.toml --resume
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train by the recipe named first, with the overrides after it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+    elif "--list" in arguments:
+        _list_recipes()
+    else:
+        _train(list(arguments))
+
+
+def _list_recipes() -> None:
+    from rich.table import Table
+
+    from holdfast.training.recipe import list_recipes, load_recipe
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it trains")
+    for name in list_recipes():
+        table.add_row(name, load_recipe(name).description)
+    output_console().print(table)
+
+
+def _train(arguments: list[str]) -> None:
+    from holdfast.training.recipe import Recipe
+
+    resume = "--resume" in arguments
+    arguments = [argument for argument in arguments if argument != "--resume"]
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError("Give the recipe first: `holdfast train RECIPE [OVERRIDES]`; `--list` shows the recipes.")
+    name, *overrides = arguments
+    recipe = read_recipe(name)
+    if overrides:
+        description = "Settings of the recipe that can be overridden, and --resume to continue a run."
+        recipe = parse(Recipe, overrides, prog=f"holdfast train {name}", description=description, default=recipe)
+        try:
+            recipe.build_config()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    from holdfast.training.run import train
+
+    directory = train(recipe, resume=resume)
+    output_console().print(f"The model is in {directory}.", soft_wrap=True)

@@ -1,0 +1,264 @@
+"""How well a model answers the needle task, by the distance between question and answer."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from torch import nn
+from torch.nn import functional as F
+
+from holdfast.data.needle import NeedleTask
+from holdfast.data.progress import track
+from holdfast.evaluation.inference import device_of, evaluating, perplexity
+from holdfast.files import replacing
+
+__all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance", "wilson_interval"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """What is counted over a set of answers; the rest follows from it, and is None where there is no answer.
+
+    Attributes:
+        count: answers.
+        correct: answers whose token had the highest logit of the vocabulary.
+        nll: sum of the negative log-likelihoods of the answers, in nats.
+    """
+
+    count: int
+    correct: int
+    nll: float
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of correct answers, 0 to 1."""
+        return self.correct / self.count if self.count else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the accuracy."""
+        return wilson_interval(self.correct, self.count) if self.count else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-likelihood; a uniform guess among the values gives `num_values`."""
+        return perplexity(self.nll / self.count) if self.count else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and what follows from them, ready for JSON."""
+        interval = None if self.interval is None else list(self.interval)
+        return dataclasses.asdict(self) | {
+            "accuracy": self.accuracy,
+            "interval": interval,
+            "perplexity": self.perplexity,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Tally":
+        """Inverse of `to_dict`."""
+        return cls(count=data["count"], correct=data["correct"], nll=data["nll"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceBin:
+    """Answers at distances `low` to `high`, both included."""
+
+    low: int
+    high: int
+    tally: Tally
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleResult:
+    """Result of `evaluate_needle`.
+
+    Attributes:
+        task: the task, window included.
+        samples: how many samples were drawn.
+        seed: the seed that they were drawn with.
+        total: all answers.
+        within: answers at a distance of at most the window.
+        beyond: answers farther away.
+        bins: answers by distance, in rising order; an edge lies at the window. Only bins that answers can fall in.
+    """
+
+    task: NeedleTask
+    samples: int
+    seed: int
+    total: Tally
+    within: Tally
+    beyond: Tally
+    bins: tuple[DistanceBin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for JSON."""
+        return {
+            "task": dataclasses.asdict(self.task),
+            "samples": self.samples,
+            "seed": self.seed,
+            "total": self.total.to_dict(),
+            "within": self.within.to_dict(),
+            "beyond": self.beyond.to_dict(),
+            "bins": [{"low": part.low, "high": part.high, **part.tally.to_dict()} for part in self.bins],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "NeedleResult":
+        """Inverse of `to_dict`."""
+        return cls(
+            task=NeedleTask(**data["task"]),
+            samples=data["samples"],
+            seed=data["seed"],
+            total=Tally.from_dict(data["total"]),
+            within=Tally.from_dict(data["within"]),
+            beyond=Tally.from_dict(data["beyond"]),
+            bins=tuple(DistanceBin(part["low"], part["high"], Tally.from_dict(part)) for part in data["bins"]),
+        )
+
+
+def evaluate_needle(
+    model: nn.Module,
+    task: NeedleTask,
+    *,
+    samples: int = 512,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> NeedleResult:
+    """Ask a model the questions of freshly drawn samples, with the earlier answers given (teacher forcing).
+
+    The samples depend on `seed` and `task` only, not on `batch_size`. The model is read in eval mode without gradients,
+    and put back in the mode that it came in.
+
+    Args:
+        model: called as `model(input_ids=…, use_cache=False)`, int64 [B, length]; its `.logits` are [B, length, V] with
+            V at least the task's `vocab_size`. It stays where it is.
+        task: the task; `dataclasses.replace(task, length=…)` asks at another length.
+        samples: samples to draw, at least 1.
+        batch_size: samples per call, at least 1.
+        seed: seed of the samples; take one that training did not see.
+        device: where the inputs go; None is the device of the model's first parameter, or the CPU.
+        progress: show a progress bar when standard error is a terminal.
+
+    Raises:
+        ValueError: `samples` or `batch_size` is below 1, or the model's vocabulary is smaller than the task's.
+    """
+    if samples < 1 or batch_size < 1:
+        raise ValueError(f"samples is {samples} and batch_size is {batch_size}; give at least 1 for both.")
+    device = device_of(model) if device is None else torch.device(device)
+    generator = np.random.default_rng(seed)
+    sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
+    rows: list[np.ndarray] = []
+    with evaluating(model):
+        for size in track(sizes, "needle", progress=progress):
+            rows.append(_answer(model, task, task.sample(generator, size), device))
+    distance, correct, nll = np.concatenate(rows, axis=1)
+
+    def tally(selected: np.ndarray) -> Tally:
+        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()))
+
+    edges = _distance_edges(task)
+    return NeedleResult(
+        task=task,
+        samples=samples,
+        seed=seed,
+        total=tally(distance > 0),
+        within=tally(distance <= task.window),
+        beyond=tally(distance > task.window),
+        bins=tuple(
+            DistanceBin(low + 1, high, tally((low < distance) & (distance <= high)))
+            for low, high in itertools.pairwise(edges)
+        ),
+    )
+
+
+def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | Path) -> Path:
+    """Draw accuracy by distance, one line per result with its 95 % interval, and the window of each task.
+
+    Args:
+        results: results by the name to print in the legend.
+        path: file to write; its ending gives the format (png, svg, pdf). Replaced only when the picture is complete.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: `results` is empty.
+    """
+    if not results:
+        raise ValueError("results is empty; give at least one result to plot.")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, result in results.items():
+        asked = [part for part in result.bins if part.tally.count]
+        middle = [(part.low + part.high) / 2 for part in asked]
+        low, high = np.array([part.tally.interval for part in asked]).T
+        share = np.array([part.tally.accuracy for part in asked])
+        (line,) = axes.plot(middle, share, marker="o", markersize=4, label=name)
+        axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    for window in sorted({result.task.window for result in results.values()}):
+        axes.axvline(window + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"window {window}")
+    for chance in sorted({1 / result.task.num_values for result in results.values()}):
+        axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label=f"guess {chance:.3f}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("distance between question and answer (tokens)")
+    axes.set_ylabel("accuracy")
+    axes.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160)
+    return Path(path)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927); `z` is the normal quantile, by default that of 95 %.
+
+    Raises:
+        ValueError: not 0 ≤ successes ≤ trials, or no trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials is no proportion; give 0 ≤ successes ≤ trials.")
+    share = successes / trials
+    shrink = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _answer(model: nn.Module, task: NeedleTask, batch: dict[str, torch.Tensor], device: torch.device) -> np.ndarray:
+    """Distance, correctness and negative log-likelihood of every answer of a batch, float64 [3, answers]."""
+    logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+    if logits.shape[-1] < task.vocab_size:
+        raise ValueError(
+            f"the model has {logits.shape[-1]} token ids, the task {task.vocab_size}; give a larger model."
+        )
+    row, position = batch["distance"].nonzero(as_tuple=True)
+    # The logits before an answer predict it.
+    predicted = logits[row.to(device), position.to(device) - 1].float()
+    answer = batch["labels"][row, position].to(device)
+    nll = F.cross_entropy(predicted, answer, reduction="none")
+    correct = predicted.argmax(-1) == answer
+    columns = [batch["distance"][row, position], correct.cpu(), nll.cpu()]
+    return np.stack([column.double().numpy() for column in columns])
+
+
+def _distance_edges(task: NeedleTask) -> list[int]:
+    """0, then w/2, w, 3w/2, 2w, 3w, 4w, 6w, … (two bins per doubling) up to the longest distance there can be."""
+    longest = task.length - 4  # from the value behind bos to the last question
+    edges, step = {0, longest}, max(task.window, 2)
+    edges |= {task.window, step // 2}
+    while step < longest:
+        edges |= {step, step + step // 2}
+        step *= 2
+    return sorted(edge for edge in edges if edge <= longest)

@@ -1,0 +1,62 @@
+"""What the models return.
+
+Shapes: B batch, T tokens, V vocabulary, L layers with a retention scorer, Hkv key/value heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from holdfast.cache import HybridCache
+
+
+@dataclass
+class RetentionOutput(ModelOutput):
+    """What the scorers said in one forward pass.
+
+    Attributes:
+        scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − ½; a pair is worth keeping where s > 0. With a cache,
+            scores of the last R // 2 tokens are not final (NaN while decoding token by token).
+        kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
+        penalised: [B, T] bool: those positions, real tokens with R // 2 tokens of future.
+    """
+
+    scores: tuple[Tensor, ...] | None = None
+    kept: Tensor | None = None
+    penalised: Tensor | None = None
+
+
+@dataclass
+class HybridModelOutput(ModelOutput):
+    """Output of `HybridModel`: last_hidden_state [B, T, hidden_size], and what `HybridCausalLMOutput` says."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    retention: RetentionOutput | None = None
+
+
+@dataclass
+class HybridCausalLMOutput(ModelOutput):
+    """Output of `HybridForCausalLM`.
+
+    Attributes:
+        loss: lm_loss + retention_loss, where labels were given.
+        lm_loss: mean cross-entropy of the next token.
+        retention_loss: mean over positions, layers and KV heads of λ·ReLU(s) (specification §3.6).
+        logits: [B, T or logits_to_keep, V].
+        past_key_values: the cache, advanced.
+        hidden_states: inputs of every block and the final norm's output, where asked for.
+        retention: scores and kept counts of the LTE layers; None without such layers.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    retention_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    retention: RetentionOutput | None = None

@@ -1,0 +1,119 @@
+"""What a training run shows: a file of metrics, one JSON object a line, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from holdfast.training.trainer import HybridTrainer
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what the Trainer logs to a file, with the kept pairs and λ of every layer and head.
+
+    Each record has `step`, `seconds` (of training, resumed parts included) and the Trainer's own logs; where a loss was
+    logged also the metrics of `RetentionCallback.drain`.
+
+    Each line is one write, so a killed run leaves at most one broken line, the last. When a run resumes, lines past
+    the step it resumes from are taken out, so that every step stands there once.
+
+    Args:
+        path: the file; made anew when a run starts from step 0.
+        trainer: where the metrics per head come from.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], trainer: HybridTrainer) -> None:
+        self.path = Path(path)
+        self.trainer = trainer
+        self._started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+        if state.is_world_process_zero:
+            before = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            before = before if state.global_step else []
+            self._started -= before[-1]["seconds"] if before else 0
+            beside = self.path.with_suffix(".part")
+            beside.write_text("".join(map(_line, before)), encoding="utf-8")
+            os.replace(beside, self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        record: dict[str, Any] = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
+        record |= logs
+        if "loss" in logs:
+            record |= self.trainer.last_metrics
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(_line(record).encode())
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut short is left out. No file: no lines.
+
+    Raises:
+        ValueError: naming the file and the line, when a line that is not the last is not JSON.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON: {error}.") from error
+    return records
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on standard error with loss and kept pairs; where that is no terminal, one line per log."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and self._console.is_terminal):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console)
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or not logs.keys() & {"loss", "eval_loss"}:
+            return
+        shown = ("loss", "lm_loss", "kept_mean", "lambda_mean", "eval_loss")
+        text = "  ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _line(record: dict[str, Any]) -> str:
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,237 @@
+"""Recipes: everything that determines a training run, in one small TOML file.
+
+The sections are dataclasses, so a command line can override any key (`--training.max-steps 100`) by
+
+    tyro.cli(Recipe, default=load_recipe(name), args=overrides)
+
+A recipe may name another as its `base`; its own keys are laid over that one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from holdfast.configuration import HybridConfig
+from holdfast.data.needle import NeedleTask
+from holdfast.training.controller import ControllerConfig
+from holdfast.training.schedule import RetentionSchedule
+from holdfast.training.settings import SettingsError, from_mapping, suggest
+
+
+@dataclass(frozen=True)
+class NeedleData:
+    """Generated key-value recall; see `holdfast.data.needle.NeedleTask`."""
+
+    kind: Literal["needle"] = "needle"
+    task: NeedleTask = field(default_factory=NeedleTask)
+    """The task at its full difficulty."""
+    curriculum: tuple[tuple[int, int, int], ...] = ()
+    """Stages (first optimizer step, pairs, length), the first from step 0; none: full difficulty throughout."""
+    eval_samples: int = 256
+    """Held-out samples for the evaluations during training."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text packed into blocks; see `holdfast.data.text`."""
+
+    source: str
+    """A local file, a directory of files that are named after their split, or the name of a data set on the hub."""
+    kind: Literal["text"] = "text"
+    config: str | None = None
+    """Configuration of a data set on the hub, such as sample-100BT."""
+    split: str = "train"
+    validation_split: str | None = None
+    """Split for evaluations during training; None: none are made."""
+    column: str = "text"
+    tokenizer: str = "byte"
+    """"byte", "train" (a byte-level BPE of model.vocab_size, learned from the text), a directory, or a hub name."""
+    length: int = 512
+    """Tokens per block."""
+    max_tokens: int | None = None
+    """Read about as many tokens and no more; None: all."""
+    isolate: bool = False
+    """Whether documents packed into one block are kept from seeing each other."""
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2 tokens, got {self.length}.")
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """Optimizer and schedule: AdamW, linear warm-up, cosine down to `final_lr_share`.
+
+    Raises:
+        ValueError: naming the setting, when one is out of range.
+    """
+
+    max_steps: int
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences per device and micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 3e-4
+    scorer_lr_scale: float = 1.0
+    """Factor on the learning rate of the scorers of learned eviction."""
+    warmup_steps: int = 0
+    final_lr_share: float = 0.1
+    """Learning rate of the last step over the highest."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    seed: int = 0
+    """Of the initial weights, the data and dropout."""
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: none."""
+    workers: int = 0
+    """Processes that prepare batches; 0: the training process itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "workers", "scorer_lr_scale", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0 <= self.final_lr_share <= 1:
+            raise ValueError(f"final_lr_share must lie between 0 and 1, got {self.final_lr_share}.")
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    """Where a run is written: `directory`/NAME."""
+
+    directory: str = "runs"
+    overwrite: bool = False
+    """Whether to start over in a directory that already holds something."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run."""
+
+    name: str
+    """Names the run directory."""
+    model: dict[str, Any]
+    """Keyword arguments of `holdfast.HybridConfig`; `mixers` may be a pattern that repeats."""
+    training: TrainingSection
+    data: Annotated[NeedleData | TextData, tyro.conf.AvoidSubcommands]
+    description: str = ""
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    retention: RetentionSchedule = field(default_factory=RetentionSchedule)
+    output: OutputSection = field(default_factory=OutputSection)
+
+    def build_config(self) -> HybridConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: naming the key that `HybridConfig` does not know, or the value that it refuses.
+        """
+        known = {entry.name for entry in dataclasses.fields(HybridConfig) if entry.init} - {"controller"}
+        for key in self.model:
+            if key not in known:
+                raise ValueError(f"unknown key 'model.{key}'{suggest(key, known)}.")
+        try:
+            config = HybridConfig(**self.model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"[model] {error}") from error
+        if "learned_eviction" in (config.mixers or ()):
+            config.controller = json.loads(json.dumps(dataclasses.asdict(self.controller)))
+        return config
+
+
+def load_recipe(path_or_name: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path_or_name: path of a TOML file, or the name of a recipe that comes with the package.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe; the message lists those that come with the package.
+        SettingsError: naming the file and the key that is unknown, missing or wrong.
+    """
+    values, source = _read(path_or_name, seen=())
+    values.setdefault("name", Path(source).stem)
+    recipe = from_mapping(Recipe, values, source)
+    try:
+        recipe.build_config()
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
+    return recipe
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    folder = resources.files("holdfast") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read(path_or_name: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    text, source = _find(path_or_name)
+    if source in seen:
+        raise SettingsError(f"{source}: `base` leads back to this recipe.")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{source}: not valid TOML: {error}.") from error
+    base = values.pop("base", None)
+    if base is None:
+        return values, source
+    if not isinstance(base, str):
+        raise SettingsError(f"{source}: base must be the name or path of a recipe, got {base!r}.")
+    beside = Path(source).parent / base
+    inherited, _ = _read(beside if beside.is_file() else base, (*seen, source))
+    inherited.pop("name", None)
+    return _overlay(inherited, values), source
+
+
+def _find(path_or_name: str | Path) -> tuple[str, str]:
+    path = Path(path_or_name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no recipe file {path}.")
+        return path.read_text(encoding="utf-8"), str(path)
+    if str(path_or_name) not in list_recipes():
+        raise FileNotFoundError(
+            f"There is no recipe {str(path_or_name)!r}{suggest(str(path_or_name), list_recipes())}."
+        )
+    entry = resources.files("holdfast") / "recipes" / f"{path_or_name}.toml"
+    return entry.read_text(encoding="utf-8"), str(entry)
+
+
+def _overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, table by table; a table of another `kind` replaces the base's, as do options of mixers."""
+    if "kind" in changes and changes["kind"] != base.get("kind"):
+        return dict(changes)
+    merged = dict(base)
+    for key, value in changes.items():
+        inherited = merged.get(key)
+        both_tables = isinstance(inherited, Mapping) and isinstance(value, Mapping)
+        merged[key] = _overlay(inherited, value) if both_tables else value  # type: ignore[arg-type]
+    if "mixers" in changes and "mixer_options" in merged:
+        options: Mapping[str, Any] = merged["mixer_options"]
+        merged["mixer_options"] = {mixer: options[mixer] for mixer in options if mixer in changes["mixers"]}
+    return merged

@@ -1,0 +1,80 @@
+"""What changes over a training run of learned eviction besides λ: when it starts, and how much the scorer may learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.mixers.learned_eviction import LearnedEviction
+
+
+@dataclass(frozen=True)
+class RetentionSchedule:
+    """Schedules known from the published code (specification §3.6), and exploration. The defaults switch all off.
+
+    A float `eviction_start` is a fraction of the run, an int a step: 0.1 is a tenth of the run, 10 the tenth step.
+
+    Raises:
+        ValueError: naming the setting, when one is out of range.
+    """
+
+    eviction_start: int | float = 0
+    """Before this nothing is evicted and λ is left alone: the model learns with full attention first."""
+    scorer_freeze_steps: int = 0
+    """For the first so many steps the scorer is not trained."""
+    exploration: float = 0.0
+    """Share of the dropped pairs that stay visible at the start; their scores then get a gradient too."""
+    exploration_end: float = 0.5
+    """Fraction of the run at which exploration, falling linearly, reaches 0."""
+
+    def __post_init__(self) -> None:
+        if self.eviction_start < 0 or (isinstance(self.eviction_start, float) and self.eviction_start > 1):
+            raise ValueError(
+                "eviction_start must be a step (int, 0 or more) or a fraction of the run (float, 0 to 1), "
+                f"got {self.eviction_start!r}."
+            )
+        if self.scorer_freeze_steps < 0:
+            raise ValueError(f"scorer_freeze_steps must be 0 or more, got {self.scorer_freeze_steps}.")
+        if not 0 <= self.exploration <= 1:
+            raise ValueError(f"exploration must be a share between 0 and 1, got {self.exploration}.")
+        if not 0 < self.exploration_end <= 1:
+            raise ValueError(
+                f"exploration_end must be a fraction of the run, above 0 and up to 1, got {self.exploration_end}."
+            )
+
+    def evicts(self, step: int, total_steps: int) -> bool:
+        """Whether eviction is on at optimizer step `step` (from 0) of `total_steps`."""
+        start = self.eviction_start
+        return step >= (start * total_steps if isinstance(start, float) else start)
+
+    def exploration_at(self, step: int, total_steps: int) -> float:
+        """Share of dropped pairs left visible at optimizer step `step` (from 0) of `total_steps`."""
+        return self.exploration * max(0.0, 1 - step / (self.exploration_end * total_steps))
+
+    def apply(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """Set every learned-eviction layer of `model` to what the schedule says for the coming optimizer step.
+
+        Stateless: a resumed run needs only the right `step`. Models without such layers are left alone. Under DDP with
+        `scorer_freeze_steps` > 0, wrap with `find_unused_parameters=True`.
+
+        Args:
+            model: wrapped or not; its `LearnedEviction` modules are changed in place.
+            step: optimizer steps already taken.
+            total_steps: optimizer steps of the whole run.
+        """
+        evicts, exploration = self.evicts(step, total_steps), self.exploration_at(step, total_steps)
+        for layer in learned_eviction_layers(model).values():
+            layer.eviction = evicts
+            layer.exploration = exploration
+            layer.router.requires_grad_(step >= self.scorer_freeze_steps)
+
+
+def learned_eviction_layers(model: nn.Module) -> dict[int, LearnedEviction]:
+    """The learned-eviction mixers of a model, wrapped or not, by the index of their layer; in the order of `kept`."""
+    found = {
+        int(f".{name}".rsplit(".layers.", 1)[1].split(".")[0]): module
+        for name, module in model.named_modules()
+        if isinstance(module, LearnedEviction)
+    }
+    return dict(sorted(found.items()))

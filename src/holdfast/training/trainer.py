@@ -1,0 +1,121 @@
+"""The transformers Trainer, with what hybrid models need: parameter groups, retention metrics, a stop on NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from holdfast.training.callbacks import RetentionCallback
+
+_SCALARS = ("lm_loss", "retention_loss", "kept_mean", "kept_min", "kept_max", "lambda_mean", "lambda_max")
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a number; the message says from which step on, and what to try."""
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, scorer_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: scorers apart, weight decay on matrices only.
+
+    Vectors (norms, biases, `A_log`, `dt_bias`) are not decayed. Every parameter that requires a gradient, and every
+    scorer parameter (which a schedule may have frozen for now), is in exactly one group; empty groups are left out.
+
+    Args:
+        model: the model; scorer parameters are those with `.attn.router.` in their name.
+        learning_rate: of everything but the scorers.
+        weight_decay: of parameters with two or more dimensions.
+        scorer_lr_scale: factor on the learning rate of the scorers.
+
+    Returns:
+        Up to four groups with the keys `params`, `lr`, `weight_decay`.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        is_scorer = ".attn.router." in f".{name}"
+        if parameter.requires_grad or is_scorer:
+            groups.setdefault((is_scorer, parameter.ndim >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0),
+            "weight_decay": weight_decay if is_matrix else 0.0,
+        }
+        for (is_scorer, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+class HybridTrainer(Trainer):
+    """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
+
+    Its logs gain `lm_loss`, `retention_loss`, and over all heads `kept_mean|min|max` and `lambda_mean|max`. A loss that
+    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved.
+
+    Args:
+        *args, **kwargs: as for `transformers.Trainer`.
+        retention: the callback that steers learned eviction; None: one with the settings in the model's configuration.
+        scorer_lr_scale: factor on the learning rate of the scorers.
+    """
+
+    def __init__(
+        self, *args: Any, retention: RetentionCallback | None = None, scorer_lr_scale: float = 1.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.scorer_lr_scale = scorer_lr_scale
+        self.last_metrics: dict[str, Any] = {}
+        self._first_bad_step: Tensor | None = None
+        self.add_callback(retention or RetentionCallback())
+
+    @property
+    def retention(self) -> RetentionCallback:
+        """The callback in use (a resumed Trainer may have rebuilt it)."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RetentionCallback))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = parameter_groups(
+                self.model if model is None else model,  # type: ignore[arg-type]
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                scorer_lr_scale=self.scorer_lr_scale,
+            )
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), -1, device=loss.device)
+        # Kept on the device: reading it at every step would stall a GPU.
+        is_first = ~loss.isfinite() & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(is_first, self.state.global_step + 1, self._first_bad_step)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._stop_if_diverged()
+            self.last_metrics = self.retention.drain()
+            logs |= {name: self.last_metrics[name] for name in _SCALARS if name in self.last_metrics}
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_if_diverged()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name: not missing
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _stop_if_diverged(self) -> None:
+        step = -1 if self._first_bad_step is None else int(self._first_bad_step.item())
+        if step >= 0:
+            raise TrainingDivergedError(
+                f"The loss is not a finite number since step {step}: lower the learning rate, or resume from the last "
+                "checkpoint with a longer warm-up or stronger clipping."
+            )

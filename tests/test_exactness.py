@@ -1,0 +1,386 @@
+"""However the tokens arrive, the logits are the same: one pass, chunks, token by token, padded, packed, batched.
+
+Tolerance (fp32): 1e-4 on logits of standard deviation 0.9. Budgets are small, so eviction always binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from holdfast import HybridCache, HybridForCausalLM
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ModelFactory = Callable[..., HybridForCausalLM]
+
+STACKS = [
+    ("gated_deltanet",),
+    ("full_attention",),
+    ("sliding_attention",),
+    ("learned_eviction",),
+    ("gated_deltanet", "learned_eviction"),
+    ("learned_eviction", "learned_eviction"),
+    ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction"),
+]
+ATOL = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to be made: hypothesis shows it where a test fails."""
+
+    stack: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+    seed: int
+
+    def build(self, small_model: ModelFactory, **settings: Any) -> HybridForCausalLM:
+        return small_model(*self.stack, seed=self.seed, options=self.options, **settings)
+
+
+@st.composite
+def cases(draw: st.DrawFn, stacks: list[tuple[str, ...]] = STACKS) -> Case:
+    """Any stack with any small window, budget, sinks, scorer, groups of heads, and Gated DeltaNet variant."""
+    sizes, dilations = draw(st.sampled_from([((1,), (1,)), ((3,), (1,)), ((5, 3), (1, 2)), ((3, 3, 3), (2, 2, 2))]))
+    reach = sum((size - 1) * dilation for size, dilation in zip(sizes, dilations, strict=True)) // 2
+    budget = draw(st.integers(1, 7))
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    key_heads, value_heads = draw(st.sampled_from([(2, None), (2, 4), (1, 3)]))
+    options: dict[str, dict[str, Any]] = {
+        "learned_eviction": {
+            "window": draw(st.integers(max(0, reach - 1), 9)),
+            "budget": budget,
+            "sinks": draw(st.integers(0, min(budget, 3))),
+            "conv_size": sizes,
+            "conv_dilation": dilations,
+            "num_kv_heads": kv_heads,
+            "scorer_sharing": draw(st.sampled_from(["head", "layer"])),
+        },
+        "sliding_attention": {"window": draw(st.integers(1, 9)), "num_kv_heads": kv_heads, "qkv_bias": True},
+        "full_attention": {"num_kv_heads": kv_heads},
+        "gated_deltanet": {
+            "num_heads": key_heads,
+            "num_v_heads": value_heads,
+            "expand_v": draw(st.sampled_from([1.0, 2.0, 0.5])),
+            "allow_neg_eigval": draw(st.booleans()),
+            "conv_size": draw(st.sampled_from([2, 4])),
+        },
+    }
+    return Case(draw(st.sampled_from(stacks)), options, draw(st.integers(0, 99)))
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def one_pass(model: HybridForCausalLM, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def in_chunks(model: HybridForCausalLM, ids: Tensor, lengths: list[int], cache: HybridCache | None = None) -> Tensor:
+    """Logits of `ids`, given to the model in chunks of these lengths (the last one takes what is left)."""
+    cache = HybridCache(model.config) if cache is None else cache
+    pieces, start = [], 0
+    with torch.no_grad():
+        for length in [*lengths, ids.shape[1]]:
+            if start < ids.shape[1]:
+                pieces.append(model(ids[:, start : start + length], past_key_values=cache).logits)
+                start += length
+    return torch.cat(pieces, dim=1)
+
+
+def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+
+
+@given(
+    case=cases(), length=st.integers(1, 40), lengths=st.lists(st.integers(1, 25), max_size=6), batch=st.integers(1, 2)
+)
+@settings(max_examples=40)
+def test_chunks_and_single_tokens_equal_one_pass(
+    small_model: ModelFactory, case: Case, length: int, lengths: list[int], batch: int
+) -> None:
+    model = case.build(small_model)
+    ids = random_ids(batch, length, case.seed)
+    expected = one_pass(model, ids)
+    assert_equal_logits(in_chunks(model, ids, lengths), expected)
+    assert_equal_logits(in_chunks(model, ids, [1] * length), expected)
+
+
+@given(case=cases(), data=st.data())
+@settings(max_examples=60)
+def test_pads_anywhere_in_any_call_change_nothing(small_model: ModelFactory, case: Case, data: st.DataObject) -> None:
+    """Rows of unequal length, their tokens spread over several calls with pads left, right or between."""
+    model = case.build(small_model)
+    batch = data.draw(st.integers(1, 3), "rows")
+    widths = data.draw(st.lists(st.sampled_from([1, 2, 5, 9, 17]), min_size=1, max_size=4), "columns of each call")
+    mask = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.booleans(), min_size=sum(widths), max_size=sum(widths)), min_size=batch, max_size=batch
+            )
+        )
+    )
+    assume(mask.any())
+    ids = random_ids(batch, sum(widths), case.seed)
+    given_mask = mask.long()
+    cache, pieces, start = HybridCache(model.config), [], 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=given_mask, use_cache=False).logits
+        for width in widths:
+            columns = slice(start, start + width)
+            start += width
+            # A mask over everything so far, or over this call only: both are understood.
+            call_mask = given_mask[:, : columns.stop] if start % 2 else given_mask[:, columns]
+            pieces.append(model(ids[:, columns], attention_mask=call_mask, past_key_values=cache).logits)
+    assert whole.isfinite().all()
+    called = torch.cat(pieces, dim=1)
+    assert called.isfinite().all()
+    assert cache.seen is not None
+    assert cache.seen.tolist() == mask.sum(dim=1).tolist()
+    for row in range(batch):
+        real = mask[row]
+        if real.any():
+            alone = one_pass(model, ids[row : row + 1, real])[0]
+            assert_equal_logits(whole[row, real], alone)
+            assert_equal_logits(called[row, real], alone)
+
+
+@pytest.mark.parametrize("stack", STACKS[:5], ids="+".join)
+@pytest.mark.parametrize("pads", [1, 7, 30])
+def test_left_padded_second_chunk_of_a_batch_of_one(
+    small_model: ModelFactory, stack: tuple[str, ...], pads: int
+) -> None:
+    """Continued chat: final scores of the past must survive however many pads stand before the new tokens."""
+    model = small_model(*stack)
+    ids = random_ids(1, 40)
+    expected = one_pass(model, ids)
+    cache = HybridCache(model.config)
+    padded = torch.cat([torch.zeros(1, pads, dtype=torch.long), ids[:, 22:]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :pads] = 0
+    with torch.no_grad():
+        model(ids[:, :22], past_key_values=cache)
+        logits = model(padded, attention_mask=mask, past_key_values=cache).logits
+    assert_equal_logits(logits[:, pads:], expected[:, 22:])
+
+
+@pytest.mark.parametrize("stack", STACKS[:5], ids="+".join)
+def test_left_pads_do_not_take_the_places_of_sinks(small_model: ModelFactory, stack: tuple[str, ...]) -> None:
+    model = small_model(*stack)
+    ids = random_ids(1, 40)
+    padded, mask = torch.cat([torch.zeros(1, 10, dtype=torch.long), ids], dim=1), torch.ones(1, 50)
+    mask[:, :10] = 0
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask, use_cache=False).logits
+    assert_equal_logits(logits[:, 10:], one_pass(model, ids))
+
+
+def packed_and_separate(
+    model: HybridForCausalLM, lengths: list[int], seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Logits, losses and gradients of documents packed into one row, and of the same documents one at a time."""
+    ids = random_ids(1, sum(lengths), seed)
+    ends = torch.tensor(lengths).cumsum(0)
+    model.zero_grad()
+    packed = model(ids, labels=ids, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), ends]))
+    packed.loss.backward()
+    found = {"logits": packed.logits.detach(), "lm": packed.lm_loss, "retention": packed.retention_loss}
+    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pieces, lm, penalty = [], torch.zeros(()), torch.zeros(())
+    alone = [model(part, labels=part, use_cache=False) for part in ids.split(lengths, dim=1) if part.shape[1]]
+    targets = sum(out.logits.shape[1] - 1 for out in alone)
+    counted = [int(out.retention.penalised.sum()) if out.retention is not None else 0 for out in alone]
+    for out, count in zip(alone, counted, strict=True):
+        pieces.append(out.logits.detach())
+        lm = lm + out.lm_loss * (out.logits.shape[1] - 1) / max(targets, 1)
+        penalty = penalty + out.retention_loss * count / max(sum(counted), 1)
+    (lm + penalty).backward()
+    expected = {"logits": torch.cat(pieces, dim=1), "lm": lm, "retention": penalty}
+    expected |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found, expected
+
+
+@given(case=cases(), lengths=st.lists(st.integers(0, 22), min_size=1, max_size=5), training=st.booleans())
+@settings(max_examples=40)
+def test_packed_documents_equal_separate_ones(
+    small_model: ModelFactory, case: Case, lengths: list[int], training: bool
+) -> None:
+    assume(sum(lengths) > 0)
+    model = case.build(small_model).train(training)
+    if model.model.has_scorers:
+        model.model.l1_lambda.uniform_(0.5, 2.0)
+    found, expected = packed_and_separate(model, lengths, case.seed)
+    assert found.keys() == expected.keys()
+    for name in ("logits", "lm", "retention"):
+        torch.testing.assert_close(found[name], expected[name], atol=ATOL, rtol=0)
+    for name in found.keys() - {"logits", "lm", "retention"}:
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(
+            found[name], expected[name], atol=1e-4 * scale + 1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@given(case=cases(), training=st.booleans(), pads=st.integers(1, 12))
+@settings(max_examples=25)
+def test_padded_batches_have_the_losses_and_gradients_of_their_rows(
+    small_model: ModelFactory, case: Case, training: bool, pads: int
+) -> None:
+    """Left or right padding; the batch's losses are the averages over its rows' tokens."""
+    model = case.build(small_model).train(training)
+    if model.model.has_scorers:
+        model.model.l1_lambda.uniform_(0.5, 2.0)
+    length, short = 24, 24 - pads
+    ids = random_ids(2, length, case.seed)
+    mask = torch.ones(2, length, dtype=torch.long)
+    hidden = slice(0, pads) if case.seed % 2 else slice(short, length)
+    mask[1, hidden] = 0
+    kept = ids[1:, pads:] if case.seed % 2 else ids[1:, :short]
+    model.zero_grad()
+    together = model(ids, attention_mask=mask, labels=ids, use_cache=False)
+    together.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rows = [model(part, labels=part, use_cache=False) for part in (ids[:1], kept)]
+    lm = (rows[0].lm_loss * (length - 1) + rows[1].lm_loss * (short - 1)) / (length + short - 2)
+    counts = [int(row.retention.penalised.sum()) if row.retention is not None else 0 for row in rows]
+    penalty = sum(row.retention_loss * count for row, count in zip(rows, counts, strict=True)) / max(sum(counts), 1)
+    torch.testing.assert_close(together.lm_loss, lm, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.retention_loss, penalty, atol=1e-5, rtol=0)
+    (lm + penalty).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            atol = 1e-4 * p.grad.abs().max().item() + 1e-6
+            torch.testing.assert_close(found[name], p.grad, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_a_pass_that_fills_a_cache_has_the_gradients_of_one_that_does_not(
+    small_model: ModelFactory, stack: tuple[str, ...]
+) -> None:
+    model, ids = small_model(*stack), random_ids(2, 30)
+    grads = []
+    for use_cache in (False, True):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=use_cache).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-4 * grad.abs().max().item() + 1e-7, rtol=0)
+
+
+@given(case=cases(), first=st.integers(1, 30), branch=st.integers(1, 12))
+@settings(max_examples=30)
+def test_snapshot_and_reset_undo_everything(small_model: ModelFactory, case: Case, first: int, branch: int) -> None:
+    model = case.build(small_model)
+    ids, other = random_ids(2, first + 12, case.seed), random_ids(2, branch, case.seed + 1)
+    cache = HybridCache(model.config)
+    in_chunks(model, ids[:, :first], [], cache)
+    snapshot = cache.snapshot()
+    size = cache.nbytes
+    expected = in_chunks(model, ids[:, first:], [5, 1, 1], cache)
+    for _ in range(2):  # a snapshot can be used again
+        cache.restore(snapshot)
+        assert cache.nbytes == size
+        in_chunks(model, other, [], cache)
+        cache.restore(snapshot)
+        assert torch.equal(in_chunks(model, ids[:, first:], [5, 1, 1], cache), expected)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    fresh = in_chunks(model, ids, [3, 1])
+    assert torch.equal(in_chunks(model, ids, [3, 1], cache), fresh)
+
+
+@given(case=cases(), rows=st.lists(st.integers(0, 2), min_size=1, max_size=5), first=st.integers(1, 30))
+@settings(max_examples=30)
+def test_selected_and_repeated_rows_go_on_as_they_would_alone(
+    small_model: ModelFactory, case: Case, rows: list[int], first: int
+) -> None:
+    model = case.build(small_model)
+    ids = random_ids(3, first + 8, case.seed)
+    expected = one_pass(model, ids)[:, first:]
+    index = torch.tensor(rows)
+    for change in ("select_rows", "reorder_cache", "batch_select_indices"):
+        cache = HybridCache(model.config)
+        in_chunks(model, ids[:, :first], [], cache)
+        getattr(cache, change)(index)
+        assert_equal_logits(in_chunks(model, ids[index, first:], [1, 1], cache), expected[index])
+    cache = HybridCache(model.config)
+    in_chunks(model, ids[:, :first], [], cache)
+    cache.batch_repeat_interleave(2)
+    twice = torch.arange(3).repeat_interleave(2)
+    assert_equal_logits(in_chunks(model, ids[twice, first:], [1, 4], cache), expected[twice])
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_training_mode_without_dropout_streams_like_evaluation(
+    small_model: ModelFactory, stack: tuple[str, ...]
+) -> None:
+    """With a cache the budget holds in training mode too: a model in training can generate."""
+    model, ids = small_model(*stack), random_ids(2, 40)
+    expected = one_pass(model, ids)
+    model.train()
+    assert_equal_logits(in_chunks(model, ids, [7, 1, 1, 12, 1]), expected)
+
+
+def test_training_mode_keeps_every_pair_with_a_positive_score(small_model: ModelFactory) -> None:
+    """What training sees is evaluation with a budget that never binds; with eviction off, it is full attention."""
+    model, roomy = (small_model("learned_eviction", options={"learned_eviction": {"budget": b}}) for b in (5, 60))
+    ids = random_ids(2, 40)
+    enforced, expected = one_pass(model, ids), one_pass(roomy, ids)
+    assert (enforced - expected).abs().max() > 0.05  # the budget binds
+    model.train()
+    assert_equal_logits(one_pass(model, ids), expected)
+    model.model.eviction_layers()[0].eviction = False
+    full = small_model("full_attention")
+    full.load_state_dict(model.state_dict(), strict=False)
+    assert_equal_logits(one_pass(model, ids), one_pass(full, ids))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_exploration_shows_dropped_pairs(small_model: ModelFactory, share: float) -> None:
+    model = small_model("learned_eviction").train()
+    ids = random_ids(2, 40)
+    evicting = one_pass(model, ids)
+    layer = model.model.eviction_layers()[0]
+    layer.exploration = share
+    explored = one_pass(model, ids)
+    layer.eviction = False
+    assert_equal_logits(explored, one_pass(model, ids) if share else evicting)
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_finite_and_near(small_model: ModelFactory, stack: tuple[str, ...], autocast: bool) -> None:
+    """Scorers keep everything here: at a score near 0, rounding may rightly decide otherwise."""
+    model = small_model(*stack)
+    for layer in model.model.eviction_layers():
+        layer.router.conv_stack.proj.bias.data += 40
+    ids = random_ids(2, 9)
+    expected = one_pass(model, ids)
+    if not autocast:
+        model.to(torch.bfloat16)
+    cache = HybridCache(model.config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole, chunks = one_pass(model, ids), in_chunks(model, ids, [3, 4, 1], cache)
+    assert whole.dtype == chunks.dtype == torch.bfloat16
+    assert cache.nbytes == HybridCache.bytes_for(model.config, 2, torch.bfloat16, tokens=9)
+    for logits in (whole, chunks):
+        assert logits.isfinite().all()
+        assert (logits - expected).square().mean().sqrt() < 0.06 * expected.std()
+
+
+def test_bfloat16_gradients_are_finite(small_model: ModelFactory) -> None:
+    model = small_model(*STACKS[-1]).to(torch.bfloat16).train()
+    ids, mask = random_ids(2, 33), torch.ones(2, 33)
+    mask[1, :9] = 0
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,250 @@
+"""Published checkpoints in and out: configurations, weights, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from holdfast import HybridConfig, HybridForCausalLM
+from holdfast.checkpoints import convert
+from holdfast.published import from_published, to_published
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A directory as published: config.json and the weights of `lte_stream`, and a tokenizer."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    shutil.copyfile(GOLDEN / "lte_stream.config.json", folder / "config.json")
+    tensors = load_file(GOLDEN / "lte_stream.safetensors")
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "training_args.bin").write_bytes(b"never copied")
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in values.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def assert_lte_stream(model: HybridForCausalLM) -> None:
+    """The model gives the logits that the published implementation gives."""
+    tensors = load_file(GOLDEN / "lte_stream.safetensors")
+    expected = torch.cat([tensors["cache.prefill_logits"], tensors["cache.decode_logits"]], dim=1)
+    with torch.no_grad():
+        logits = model.eval()(tensors["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert torch.equal(model.model.l1_lambda, tensors["state.model.l1_lambda"])
+
+
+def test_a_published_directory_loads(published: Path) -> None:
+    assert_lte_stream(HybridForCausalLM.from_pretrained(published))
+
+
+def test_sharded_weights_load(published: Path) -> None:
+    state = load_file(published / "model.safetensors")
+    (published / "model.safetensors").unlink()
+    shards = {f"model-{n}-of-00003.safetensors": dict(list(state.items())[n::3]) for n in range(3)}
+    for name, part in shards.items():
+        save_file(part, published / name, metadata={"format": "pt"})
+    index = {key: name for name, part in shards.items() for key in part}
+    (published / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert_lte_stream(HybridForCausalLM.from_pretrained(published))
+
+
+def test_pickles_are_refused_unless_asked_for(published: Path) -> None:
+    torch.save(load_file(published / "model.safetensors"), published / "pytorch_model.bin")
+    (published / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"only pickled weights \(pytorch_model.bin.*use_safetensors=False"):
+        HybridForCausalLM.from_pretrained(published)
+    assert_lte_stream(HybridForCausalLM.from_pretrained(published, use_safetensors=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda s: s.pop("model.layers.2.mlp_norm.weight"), r"missing model\.layers\.2\.mlp_norm\.weight"),
+        (lambda s: s.pop("model.l1_lambda"), r"missing model\.l1_lambda"),
+        (lambda s: s.update(extra=torch.zeros(2)), "not part of the model: extra"),
+        (lambda s: s.update({"model.norm.weight": torch.zeros(3)}), r"shape: model\.norm\.weight \(\[3\] instead of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(published: Path, change: Callable[..., Any], error: str) -> None:
+    change_weights(published, change)
+    with pytest.raises(ValueError, match=error):
+        HybridForCausalLM.from_pretrained(published)
+    relaxed = {"strict": False, "ignore_mismatched_sizes": True}
+    model = HybridForCausalLM.from_pretrained(published, **relaxed)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act = 'gelu'; this library computes only 'swish'"),
+        ({"hidden_ratio": 3}, "hidden_ratio = 3"),
+        ({"use_gate": False}, "use_gate = False"),
+        ({"use_short_conv": False}, "use_short_conv = False"),
+        ({"attn__routing_method": "softmax"}, "routing_method = 'softmax'"),
+        ({"attn__routing_grad": False}, "routing_grad = False"),
+        ({"attn__routing_shared": "all"}, "scorer_sharing must be 'head' or 'layer', got 'all'"),
+        ({"attn__attn_type": "mamba"}, "attn_type 'mamba' is not known"),
+        ({"attn__attn_type": "nsa"}, "native_sparse_attention"),
+        ({"attn__layers": [1, 7]}, "names layer 7, but there are 4"),
+        ({"attn__layers": None}, "section 'attn' lacks layers"),
+        ({"attn__num_heads": None}, "attention section lacks num_heads"),
+        ({"attn__sink_size": 99}, r"'learned_eviction': sinks \(99\)"),
+        ({"num_heads": None}, "'gated_deltanet' needs the option num_heads"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"model_type": "nsa", "num_heads": 4}, "native_sparse_attention"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(published: Path, changes: dict[str, Any], error: str) -> None:
+    change_config(published, **changes)
+    with pytest.raises(ValueError, match=error):
+        HybridForCausalLM.from_pretrained(published)
+
+
+def test_other_formats_are_not_taken_for_published_ones() -> None:
+    with pytest.raises(ValueError, match="'llama' is not a published format"):
+        from_published({"model_type": "llama"})
+
+
+ATTENTION_0_4B = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 64}
+ATTENTION_1_4B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64}
+CONTROLLER = {"sharing": "head", "initial": 1e-9, "interval": 32, "tolerance": [0.95, 1.0]}
+
+
+@pytest.mark.parametrize("size", ["0.4B", "1.4B"])
+@pytest.mark.parametrize(
+    ("mixers", "options"),
+    [
+        (["gated_deltanet"], {}),
+        (["gated_deltanet", "full_attention"], {}),
+        (["gated_deltanet", "sliding_attention"], {"window": 1024}),
+        (["gated_deltanet", "learned_eviction"], {"window": 768, "budget": 512, "sinks": 4}),
+        (["full_attention"], {}),
+    ],
+    ids="+".join,
+)
+def test_published_configurations_survive_the_round_trip(size: str, mixers: list[str], options: dict[str, Any]) -> None:
+    small = size == "0.4B"
+    every = {mixers[-1]: (ATTENTION_0_4B if small else ATTENTION_1_4B) | options}
+    if mixers[0] == "gated_deltanet":
+        every["gated_deltanet"] = {"num_heads": 8, "head_dim": 128 if small else 256}
+    config = HybridConfig(
+        hidden_size=1024 if small else 2048,
+        tie_word_embeddings=small,
+        mixers=mixers,
+        mixer_options=every,
+        controller=CONTROLLER if "learned_eviction" in mixers else None,
+    )
+    there = json.loads(json.dumps(to_published(config)))
+    assert HybridConfig(**from_published(there)).to_dict() == config.to_dict()
+    assert to_published(HybridConfig.from_dict(there)) == there
+
+
+@pytest.mark.parametrize("name", ["gdn", "gdn_full", "gdn_swa", "lte_mha", "lte_stream"])
+def test_what_is_written_says_what_was_read(name: str) -> None:
+    """Every published setting that both have is equal; null means the default that is now spelled out."""
+    published = json.loads((GOLDEN / f"{name}.config.json").read_text())
+    written = to_published(HybridConfig.from_dict(published))
+    pairs = [(published, written)]
+    if published["attn"] is not None:
+        pairs.append((published["attn"], written["attn"]))
+        shared = {key for key in published["attn"] if key in written["attn"]}
+        assert published["attn"].keys() - shared <= {"l1_warmup_steps", "routing_freeze_steps"}
+    for before, after in pairs:
+        for key in before.keys() & after.keys() - {"attn"}:
+            assert before[key] is None or after[key] == before[key], key
+    assert published.keys() - written.keys() <= {"fuse_norm", "fuse_swiglu", "fuse_cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("mixers", "error"),
+    [
+        (["full_attention", "sliding_attention"], "one kind of attention per model"),
+        (["learned_eviction"], "no pure 'learned_eviction' model"),
+    ],
+)
+def test_what_the_published_format_cannot_say_is_refused(mixers: list[str], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        to_published(HybridConfig(mixers=mixers, num_hidden_layers=2))
+
+
+def test_conversion_both_ways(published: Path, tmp_path: Path) -> None:
+    ours = convert(published, tmp_path / "made" / "ours", format="holdfast")
+    assert json.loads((ours / "config.json").read_text())["model_type"] == "holdfast"
+    assert_lte_stream(HybridForCausalLM.from_pretrained(ours))
+    back = convert(ours, tmp_path / "back", format="published")
+    assert json.loads((back / "config.json").read_text())["model_type"] == "hybrid_gated_deltanet"
+    assert_lte_stream(HybridForCausalLM.from_pretrained(back))
+    before, after = load_file(published / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for folder in (ours, back):
+        assert {"tokenizer.json", "special_tokens_map.json"} <= {path.name for path in folder.iterdir()}
+        assert not list(folder.glob("*.bin"))
+
+
+def test_conversion_casts(published: Path, tmp_path: Path) -> None:
+    made = convert(published, tmp_path / "half", format="published", dtype=torch.bfloat16)
+    dtypes = {key: tensor.dtype for key, tensor in load_file(made / "model.safetensors").items()}
+    assert {key for key, dtype in dtypes.items() if dtype != torch.bfloat16} == {"model.l1_lambda", "model.num_kept"}
+    assert HybridForCausalLM.from_pretrained(made).dtype == torch.bfloat16
+
+
+def test_conversion_refuses_an_existing_target(published: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious").write_text("")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        convert(published, target, format="holdfast")
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    convert(published, target, format="holdfast", overwrite=True)
+    assert not (target / "precious").exists()
+    assert_lte_stream(HybridForCausalLM.from_pretrained(target))
+
+
+def test_failed_conversion_leaves_nothing(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(HybridForCausalLM, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        convert(published, tmp_path / "target", format="holdfast")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_conversion_refuses_pickles_and_unknown_formats(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format must be 'holdfast' or 'published', got 'gguf'"):
+        convert(published, tmp_path / "target", format="gguf")  # type: ignore[arg-type]
+    torch.save(load_file(published / "model.safetensors"), published / "pytorch_model.bin")
+    (published / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="only pickled weights"):
+        convert(published, tmp_path / "target", format="holdfast")
+    made = convert(published, tmp_path / "target", format="holdfast", allow_pickle=True)
+    assert (made / "model.safetensors").exists()
+    assert_lte_stream(HybridForCausalLM.from_pretrained(made))

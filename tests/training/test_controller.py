@@ -1,0 +1,258 @@
+"""The λ rule against recorded trajectories, in a loop of one's own, over ranks; and the watch over collapsed heads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from holdfast import HybridConfig, HybridForCausalLM
+from holdfast.training import BudgetController, CollapsedHead, ControllerConfig, RetentionWatch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lambda_rule.safetensors"
+GOLDEN_SETTINGS = {"budget": 32, "initial": 1e-3, "minimum": 1e-4, "interval": 8}
+POSITIONS = 122
+
+
+class Buffers(nn.Module):
+    """What the controller needs of a model, and nothing else."""
+
+    def __init__(self, layers: int = 2, heads: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("l1_lambda", torch.zeros(layers, heads))
+        self.register_buffer("num_kept", torch.zeros(layers, heads))
+
+
+def tiny_model(**options: int) -> HybridForCausalLM:
+    torch.manual_seed(0)
+    eviction = {"num_heads": 2, "head_dim": 8, "window": 8, "budget": 4, "sinks": 1, "dropout": 0.0, **options}
+    return HybridForCausalLM(
+        HybridConfig(
+            vocab_size=31,
+            hidden_size=16,
+            num_hidden_layers=2,
+            intermediate_size=32,
+            mixer_options={"gated_deltanet": {"num_heads": 2, "head_dim": 8}, "learned_eviction": eviction},
+            controller={"interval": 4, "tolerance": [0.9, 1.1]},
+        )
+    )
+
+
+def keep_everything(model: HybridForCausalLM) -> None:
+    """Make every score that of the last bias, which is positive."""
+    last = model.model.eviction_layers()[0].router.conv_stack.proj
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, 0.5)
+
+
+@pytest.mark.parametrize("sharing", ["head", "layer", "all"])
+def test_rule_reproduces_the_published_trajectories(sharing):
+    golden = {
+        name.removeprefix(f"{sharing}."): value
+        for name, value in load_file(GOLDEN).items()
+        if name.startswith(f"{sharing}.")
+    }
+    model = Buffers()
+    controller = BudgetController(model, config=ControllerConfig(sharing=sharing, **GOLDEN_SETTINGS))
+    steps = len(golden["kept_fraction"])
+    assert steps == 600
+    for step in range(steps):
+        controller.step(golden["kept_fraction"][step] * POSITIONS)
+        expected = golden["l1_lambda"][step]
+        expected = expected.reshape(*expected.shape, *[1] * (2 - expected.dim())).expand(2, 3)
+        torch.testing.assert_close(model.l1_lambda, expected, rtol=1e-6, atol=0, msg=lambda m, s=step: f"step {s}: {m}")
+        torch.testing.assert_close(model.num_kept, golden["num_kept"][step], rtol=1e-5, atol=1e-5)
+    assert golden["l1_lambda"].max() > 1e-3  # the trajectory moves
+
+
+def test_a_model_cast_to_bf16_keeps_an_exact_lambda():
+    golden = load_file(GOLDEN)
+    model = Buffers()
+    controller = BudgetController(model, config=ControllerConfig(**GOLDEN_SETTINGS))
+    model.bfloat16()
+    for kept in golden["head.kept_fraction"]:
+        controller.step((kept * POSITIONS).double())
+    assert model.l1_lambda.dtype == model.num_kept.dtype == torch.float32
+    torch.testing.assert_close(model.l1_lambda, golden["head.l1_lambda"][-1], rtol=1e-6, atol=0)
+
+
+def test_own_loop_in_five_lines():
+    model = tiny_model()
+    keep_everything(model)
+    controller = BudgetController(model)
+    assert (controller.budget, controller.config.interval, controller.config.tolerance) == (4, 4, (0.9, 1.1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    tokens = torch.randint(31, (2, 24), generator=torch.Generator().manual_seed(0))
+    for step in range(8):
+        optimizer.zero_grad()
+        output = model(input_ids=tokens, labels=tokens)
+        if step >= 4:
+            assert output.retention_loss > 0
+        output.loss.backward()
+        optimizer.step()
+        controller.step(output.retention.kept)
+        if step == 3:
+            assert model.model.num_kept.min() > 4  # all 18 scored positions are kept, in every step
+            torch.testing.assert_close(model.model.l1_lambda, torch.full((1, 2), 1e-9), rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.model.l1_lambda, torch.full((1, 2), 1.5e-9), rtol=1e-5, atol=0)
+    assert {"model.l1_lambda", "model.num_kept"} <= model.state_dict().keys()
+
+
+def test_resuming_between_updates_changes_nothing():
+    counts = torch.rand(40, 2, 3, generator=torch.Generator().manual_seed(1)) * POSITIONS
+    whole, first = Buffers(), Buffers()
+    config = ControllerConfig(**GOLDEN_SETTINGS)
+    uninterrupted, before = BudgetController(whole, config=config), BudgetController(first, config=config)
+    for kept in counts:
+        uninterrupted.step(kept)
+    for kept in counts[:13]:
+        before.step(kept)
+    saved = json.loads(json.dumps(before.state_dict()))
+    second = Buffers()
+    second.load_state_dict(first.state_dict())
+    after = BudgetController(second, config=config)
+    after.load_state_dict(saved)
+    for kept in counts[13:]:
+        after.step(kept)
+    assert torch.equal(whole.l1_lambda, second.l1_lambda)
+    assert torch.equal(whole.num_kept, second.num_kept)
+    # The step count matters: without it the updates come at other steps.
+    third = Buffers()
+    third.load_state_dict(first.state_dict())
+    forgetful = BudgetController(third, config=config)
+    for kept in counts[13:]:
+        forgetful.step(kept)
+    assert not torch.equal(whole.l1_lambda, third.l1_lambda)
+
+
+def test_a_trained_model_keeps_its_lambda():
+    model = Buffers()
+    model.l1_lambda.fill_(0.01)
+    controller = BudgetController(model, config=ControllerConfig(**GOLDEN_SETTINGS))
+    for _ in range(8):
+        controller.step(torch.full((2, 3), 100.0))
+    torch.testing.assert_close(model.l1_lambda, torch.full((2, 3), 0.015))
+
+
+def test_lambda_waits_for_the_initial_steps():
+    model = Buffers()
+    controller = BudgetController(model, config=ControllerConfig(initial_steps=5, **GOLDEN_SETTINGS))
+    for step in range(1, 14):
+        controller.step(torch.full((2, 3), 100.0))
+        assert model.l1_lambda.max().item() == pytest.approx(0 if step < 13 else 1e-3)
+    assert model.num_kept.min() > 90  # counted from the start
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["head", "layer", "all"]), st.integers(1, 5))
+def test_lambda_stays_in_range_and_is_shared(seed, sharing, interval):
+    generator = torch.Generator().manual_seed(seed)
+    config = ControllerConfig(10, initial=1e-3, minimum=1e-4, maximum=0.01, interval=interval, sharing=sharing)
+    model = Buffers()
+    controller = BudgetController(model, config=config)
+    level = torch.rand(2, 3, generator=generator) * 20
+    for _ in range(60):
+        controller.step((level + torch.randn(2, 3, generator=generator)).clamp(min=0))
+        penalty = model.l1_lambda
+        assert ((penalty == 0) | ((penalty >= 1e-4 * 0.999) & (penalty <= 0.01 * 1.001))).all()
+        if sharing == "all":
+            assert (penalty == penalty[0, 0]).all()
+        elif sharing == "layer":
+            assert (penalty == penalty[:, :1]).all()
+
+
+def test_a_head_that_answers_to_lambda_settles_at_the_budget():
+    model = Buffers(1, 1)
+    controller = BudgetController(model, config=ControllerConfig(**(GOLDEN_SETTINGS | {"interval": 32})))
+    kept = torch.tensor([[120.0]])
+    for _ in range(4000):
+        # A scorer under penalty λ drifts towards what λ leaves it with, about 100 pairs less per decade above 1e-4.
+        target = 120 - 60 * torch.log10(1 + model.l1_lambda / 1e-3)
+        kept = kept + 0.01 * (target - kept)
+        controller.step(kept)
+    assert 0.85 * 32 < kept.item() < 1.15 * 32
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: BudgetController(nn.Linear(2, 2), budget=4), "no l1_lambda and num_kept buffers"),
+        (lambda: BudgetController(Buffers()), "names no budget"),
+        (lambda: BudgetController(Buffers(), budget=4).step(torch.ones(3)), r"kept must have shape \(2, 3\)"),
+        (lambda: ControllerConfig(budget=0), "budget must be at least 1"),
+        (lambda: ControllerConfig(interval=0), "interval must be at least 1"),
+        (lambda: ControllerConfig(minimum=1e-3, initial=1e-4), "minimum <= initial"),
+        (lambda: ControllerConfig(increase=0.5), "factors above 1"),
+        (lambda: ControllerConfig(tolerance=(1.0, 0.9)), "lo <= hi"),
+        (lambda: ControllerConfig(sharing="heads"), '"head", "layer" or "all"'),
+        (lambda: ControllerConfig(initial_steps=-1), "initial_steps must be 0 or more"),
+        (lambda: RetentionWatch([1], 4, patience=0), "at least 1 step"),
+    ],
+)
+def test_errors_name_the_culprit(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def run_rank(rank: int, rendezvous: str, results: "torch.multiprocessing.SimpleQueue") -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = Buffers(1, 2)
+    controller = BudgetController(model, config=ControllerConfig(budget=32, interval=4))
+    for _ in range(6):
+        # By itself head 0 keeps too many on rank 0 only, head 1 on no rank. Together: 50 and 16.
+        controller.step(torch.tensor([[100.0, 0.0]] if rank == 0 else [[0.0, 32.0]]))
+    results.put((model.num_kept.tolist(), model.l1_lambda.tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
+def test_ranks_agree_on_the_mean(tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path / "meet"), results)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    first, second = results.get(), results.get()
+    assert first == second
+    alone = Buffers(1, 2)
+    controller = BudgetController(alone, config=ControllerConfig(budget=32, interval=4))
+    for _ in range(6):
+        controller.step(torch.tensor([[50.0, 16.0]]))
+    assert first == (alone.num_kept.tolist(), alone.l1_lambda.tolist())
+    assert alone.l1_lambda.tolist()[0][0] > 0 == alone.l1_lambda.tolist()[0][1]
+
+
+def test_watch_names_collapsed_heads_once_per_patience():
+    watch = RetentionWatch([1, 3], budget=20, patience=10, check_every=5)
+    kept = torch.tensor([[0.0, 30.0, 0.0], [50.0, 12.0, 7.0]])  # heads 1.0 and 1.2 keep nothing, 3.0 everything
+    named = [watch.step(kept, 50) for _ in range(30)]
+    expected = [CollapsedHead(1, 0, "nothing"), CollapsedHead(1, 2, "nothing"), CollapsedHead(3, 0, "everything")]
+    assert [step for step, found in enumerate(named, 1) if found] == [10, 20, 30]
+    assert named[9] == named[29] == expected
+
+
+def test_watch_writes_one_line_per_layer(monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr("holdfast.training.controller.logger.warning", lines.append)
+    watch = RetentionWatch([1, 3], budget=20, patience=2, check_every=2)
+    for _ in range(2):
+        watch.step(torch.tensor([[0.0, 30.0, 0.0], [50.0, 12.0, 7.0]]), torch.tensor(50.0))
+    assert len(lines) == 2
+    assert lines[0].startswith("Layer 1, head 0, 2: kept nothing for 2 steps")
+    assert lines[1].startswith("Layer 3, head 0: kept everything for 2 steps")
+
+
+def test_watch_is_silent_when_nothing_is_wrong():
+    watch = RetentionWatch([1], budget=60, patience=4, check_every=1)
+    for step in range(40):
+        # Everything kept, but the sequence is shorter than the budget; and a head that is empty every other step.
+        assert watch.step(torch.tensor([[50.0, 50.0 * (step % 2)]]), 50) == []

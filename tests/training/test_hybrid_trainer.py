@@ -1,0 +1,355 @@
+"""Runs from recipes: exact resumption, the run directory, metrics, the glue to transformers' Trainer."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from holdfast import HybridForCausalLM
+from holdfast.data.needle import NeedleStream, NeedleTask
+from holdfast.training import (
+    BudgetController,
+    ControllerConfig,
+    HybridTrainer,
+    ProgressBar,
+    RetentionCallback,
+    RetentionSchedule,
+    RunDirectoryError,
+    TrainingDivergedError,
+    parameter_groups,
+    read_metrics,
+    train,
+)
+from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
+
+TASK = NeedleTask(length=32, num_pairs=3, num_keys=5, num_values=5, num_noise=4, window=8)
+MODEL = {
+    "vocab_size": TASK.vocab_size,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.1,
+    "mixers": ["gated_deltanet", "learned_eviction"],
+    "mixer_options": {
+        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
+        "learned_eviction": {"num_heads": 2, "head_dim": 8, "window": 8, "budget": 4, "sinks": 1, "dropout": 0.2},
+    },
+}
+
+
+def make_recipe(directory, name="run", **training) -> Recipe:
+    """Eight steps with everything that has a state: dropout, exploration, accumulation, a frozen scorer, λ, Adam."""
+    settings = {"max_steps": 8, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "log_every": 2}
+    return Recipe(
+        name=name,
+        model=MODEL,
+        training=TrainingSection(**(settings | {"save_every": 3, "warmup_steps": 2} | training)),
+        data=NeedleData(task=TASK, curriculum=((0, 1, TASK.length), (4, 3, TASK.length)), eval_samples=4),
+        controller=ControllerConfig(initial=1e-2, minimum=1e-3, interval=2),
+        retention=RetentionSchedule(scorer_freeze_steps=2, exploration=0.5, exploration_end=1.0),
+        output=OutputSection(directory=str(directory)),
+    )
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+def train_until_killed(recipe: Recipe, step: int, monkeypatch) -> None:
+    original = HybridTrainer.__init__
+
+    def with_killer(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(KillAt(step))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridTrainer, "__init__", with_killer)
+        with pytest.raises(KilledError):
+            train(recipe)
+
+
+def metrics_of(directory) -> list[dict]:
+    """The metrics that do not depend on the clock."""
+    lines = read_metrics(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    return train(make_recipe(directory)), make_recipe(directory)
+
+
+def test_a_run_leaves_model_metrics_and_recipe(finished):
+    directory, _ = finished
+    assert directory.name == "run"
+    model = HybridForCausalLM.from_pretrained(directory)
+    assert model.config.controller["interval"] == 2
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, None, 0)
+    weights = load_file(directory / "model.safetensors")
+    assert weights["model.l1_lambda"].shape == weights["model.num_kept"].shape == (1, 2)
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 8
+    lines = metrics_of(directory)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["lm_loss"] + line["retention_loss"], rel=1e-4)
+        assert line["kept_mean"] == pytest.approx(sum(line["kept"][0]) / 2)
+        assert line["lambda_max"] == max(line["lambda"][0])
+    assert len({line["lambda_max"] for line in lines}) == 4  # λ moved at every update
+    assert lines[-1]["lambda"] == weights["model.l1_lambda"].tolist()
+    assert sorted(path.name for path in directory.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
+    directory, _ = finished
+    recipe = make_recipe(tmp_path)
+    train_until_killed(recipe, 5, monkeypatch)  # two steps past the checkpoint, in the middle of a λ interval
+    killed = tmp_path / "run"
+    assert [line["step"] for line in metrics_of(killed)] == [2, 4]
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # cut short by the kill
+    (killed / "checkpoint-4").mkdir()  # and a checkpoint that was never finished
+    assert train(recipe, resume=True) == killed
+    whole, resumed = load_file(directory / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    expected, found = metrics_of(directory), metrics_of(killed)
+    assert [line["step"] for line in found] == [2, 4, 6, 8]
+    assert (found[0], found[2:]) == (expected[0], expected[2:])
+    # Steps 3 and 4 were logged together, and the checkpoint lies between them.
+    assert found[1]["lambda"] == expected[1]["lambda"]
+    assert json.loads((killed / "summary.json").read_text())["resumed_from"].endswith("checkpoint-3")
+
+
+def test_resuming_without_a_checkpoint_starts_over(finished, tmp_path, monkeypatch):
+    directory, _ = finished
+    recipe = make_recipe(tmp_path)
+    train_until_killed(recipe, 2, monkeypatch)
+    train(recipe, resume=True)
+    whole, resumed = load_file(directory / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_run_directories_are_guarded(finished, tmp_path):
+    _, recipe = finished
+    for resume in (False, True):
+        with pytest.raises(RunDirectoryError, match=r"holds a finished run: .* output\.overwrite"):
+            train(recipe, resume=resume)
+    foreign = tmp_path / "run"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
+            train(make_recipe(tmp_path), resume=resume)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unfinished_run_is_resumed_or_overwritten_but_never_by_accident(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, max_steps=4)
+    train_until_killed(recipe, 3, monkeypatch)
+    with pytest.raises(RunDirectoryError, match="holds an unfinished run: resume it"):
+        train(recipe)
+    changed = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, learning_rate=1.0))
+    with pytest.raises(RunDirectoryError, match=r"was started with training.learning_rate = 0.01, not 1.0"):
+        train(changed, resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    overwriting = dataclasses.replace(changed, output=OutputSection(str(tmp_path), overwrite=True))
+    train(overwriting)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [2, 4]
+
+
+def test_a_mistake_in_the_recipe_leaves_no_directory(tmp_path):
+    broken = dataclasses.replace(make_recipe(tmp_path), model=MODEL | {"hidden_sizes": 3})
+    with pytest.raises(ValueError, match=r"model\.hidden_sizes"):
+        train(broken)
+    small = dataclasses.replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 5})
+    with pytest.raises(ValueError, match="vocab_size is 5, but the needle task has 17 tokens"):
+        train(small)
+    train(make_recipe(tmp_path, max_steps=1))  # what the failed attempt left does not stand in the way
+
+
+class PoisonAt(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = math.nan
+
+
+def test_nan_stops_the_run_before_anything_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path, HybridTrainer, max_steps=8, save_steps=6, logging_steps=100)
+    trainer.add_callback(PoisonAt())
+    with pytest.raises(TrainingDivergedError, match="since step 5: lower the learning rate"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def make_trainer(directory, cls, **arguments):
+    torch.manual_seed(0)
+    own = {name: arguments.pop(name) for name in ("retention", "scorer_lr_scale", "callbacks") if name in arguments}
+    defaults = {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return cls(
+        model=HybridForCausalLM(make_recipe(directory).build_config()),
+        args=TrainingArguments(output_dir=str(directory), **(defaults | arguments)),
+        train_dataset=NeedleStream(TASK, size=64),
+        **own,
+    )
+
+
+def test_the_callback_serves_a_plain_trainer_and_averages_micro_batches(tmp_path):
+    callback = RetentionCallback(ControllerConfig(initial=1e-2, minimum=1e-3, interval=2))
+    arguments = {"max_steps": 4, "gradient_accumulation_steps": 3, "save_strategy": "no", "logging_steps": 1}
+    trainer = make_trainer(tmp_path, Trainer, callbacks=[callback], **arguments)
+    seen: list[torch.Tensor] = []
+    handle = trainer.model.register_forward_hook(lambda module, inputs, output: seen.append(output.retention.kept))
+    trainer.train()
+    handle.remove()
+    assert len(seen) == 12
+    twin = HybridForCausalLM(trainer.model.config)
+    controller = BudgetController(twin, config=callback.controller_config)
+    for step in range(4):
+        controller.step(torch.stack(seen[3 * step : 3 * step + 3]).mean(0))
+    torch.testing.assert_close(trainer.model.model.num_kept, twin.model.num_kept)
+    assert torch.equal(trainer.model.model.l1_lambda, twin.model.l1_lambda)
+    assert twin.model.num_kept.max() > 0
+    before = trainer.model.model.num_kept.clone()
+    trainer.model.train()(**{k: v[None] for k, v in NeedleStream(TASK)[0].items() if k != "distance"})
+    assert torch.equal(trainer.model.model.num_kept, before)  # the hook is gone
+
+
+def test_lambda_is_left_alone_before_eviction_starts(tmp_path):
+    callback = RetentionCallback(ControllerConfig(interval=1), RetentionSchedule(eviction_start=0.5))
+    trainer = make_trainer(tmp_path, HybridTrainer, retention=callback, max_steps=6, save_strategy="no")
+
+    steps: list[tuple[bool, bool]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            steps.append((model.model.eviction_layers()[0].eviction, callback.controller.steps > 0))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert steps == [(False, False)] * 3 + [(True, True)] * 3
+    assert callback.controller.steps == 3
+
+
+def test_a_collapsed_head_is_named_while_training(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr("holdfast.training.controller.logger.warning", lines.append)
+    callback = RetentionCallback(patience=2)
+    trainer = make_trainer(tmp_path, HybridTrainer, retention=callback, max_steps=3, save_strategy="no")
+    last = trainer.model.model.eviction_layers()[0].router.conv_stack.proj
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([-9.0, 9.0]))
+    trainer.train()
+    assert [line.split(" for ")[0] for line in lines] == [
+        "Layer 1, head 0: kept nothing",
+        "Layer 1, head 1: kept everything",
+    ]
+    assert callback.controller.config.interval == 2  # from the model's configuration
+
+
+def test_the_trainer_may_rebuild_the_callback_from_a_checkpoint(tmp_path):
+    def build():
+        config = ControllerConfig(interval=3, tolerance=(0.8, 1.2))
+        schedule = RetentionSchedule(exploration=0.25)
+        return make_trainer(
+            tmp_path,
+            HybridTrainer,
+            retention=RetentionCallback(config, schedule, patience=7),
+            max_steps=4,
+            save_steps=2,
+            restore_callback_states_from_checkpoint=True,
+        )
+
+    first = build()
+    first.train()
+    second = build()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.retention.controller_config == first.retention.controller_config
+    assert (second.retention.schedule, second.retention.patience) == (first.retention.schedule, 7)
+    assert second.retention.controller.steps == 4
+    assert torch.equal(first.model.model.num_kept, second.model.model.num_kept)
+
+
+def test_parameter_groups(tmp_path):
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.5, "scorer_lr_scale": 0.1}
+    trainer = make_trainer(tmp_path, HybridTrainer, max_steps=2, **settings)
+    model = trainer.model
+    RetentionSchedule(scorer_freeze_steps=1).apply(model, 0, 2)  # frozen scorers stay in the optimizer
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, **settings)
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            is_scorer = ".attn.router." in names[parameter]
+            assert group["lr"] == pytest.approx(1e-3 if is_scorer else 1e-2)
+            assert group["weight_decay"] == (0.5 if parameter.ndim >= 2 else 0.0)
+            if names[parameter].endswith(("A_log", "dt_bias", "norm.weight", "bias")):
+                assert group["weight_decay"] == 0.0
+    optimizer = trainer.create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in groups]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [group["weight_decay"] for group in groups]
+    embedding = model.get_input_embeddings().weight.requires_grad_(False)
+    assert not any(
+        embedding is p for group in parameter_groups(model, learning_rate=1, weight_decay=0) for p in group["params"]
+    )
+
+
+def test_the_learning_rate_falls_to_its_share_in_every_group(finished):
+    directory, _ = finished
+    saved = torch.load(directory / "checkpoint-8" / "scheduler.pt", weights_only=True)
+    assert saved["_last_lr"] == pytest.approx([1e-3] * 4)  # a tenth of 1e-2
+
+
+def test_text_isolated_in_bf16_with_checkpointing_and_evaluation(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"text": f"{split} {number}: " + "the kelp holds on to the rock. " * 3} for number in range(30)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"max_steps": 3, "batch_size": 2, "accumulation": 1, "bf16": True, "gradient_checkpointing": True}
+    recipe = dataclasses.replace(
+        make_recipe(tmp_path, "text-run", **options, eval_every=2, log_every=1),
+        model=MODEL | {"vocab_size": 300},
+        data=TextData(str(folder), validation_split="validation", tokenizer="train", length=64, isolate=True),
+    )
+    directory = train(recipe)
+    model = HybridForCausalLM.from_pretrained(directory)
+    assert model.config.eos_token_id == 2
+    assert (directory / "tokenizer.json").exists()
+    lines = read_metrics(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert 0 < metrics_of(directory)[-1]["kept_mean"] <= 64
+
+
+def test_broken_metrics_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_metrics(path)
+
+
+def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, HybridTrainer, max_steps=2, save_strategy="no", logging_steps=1)
+    trainer.add_callback(ProgressBar())
+    trainer.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2
+    assert lines[1].startswith("step 2/2  loss ")
+    assert "kept_mean" in lines[1]
