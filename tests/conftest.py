@@ -37,7 +37,7 @@ def _small_config(*mixers: str, options: dict[str, dict[str, Any]] | None = None
     """A configuration with hidden size 32; `options` change the settings of `SMALL_OPTIONS`."""
     names = list(mixers) or ["gated_deltanet", "learned_eviction"]
     defaults: dict[str, Any] = {
-        "vocab_size": 50,
+        "vocab_size": 100,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": len(names),
@@ -57,7 +57,7 @@ def _small_model(*mixers: str, seed: int = 0, **settings: Any) -> HybridForCausa
     for module in model.modules():
         if isinstance(module, LearnedEviction):
             nn.init.zeros_(module.router.conv_stack.proj.bias)
-            nn.init.normal_(module.router.conv_stack.proj.weight, std=4.0)
+            nn.init.normal_(module.router.conv_stack.proj.weight, std=2.0)
     return model
 
 

@@ -26,6 +26,7 @@ from holdfast.training.recipe import load_recipe
 QUIET = Console(quiet=True)
 
 
+@pytest.mark.timeout(900)  # four processes import everything; a busy machine takes its time
 def test_a_tiny_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "demo"
     argv = ["demo", "--steps", "2", "--samples", "6", "--seed", "3", "--output", str(output)]

@@ -76,7 +76,18 @@ def cases(draw: st.DrawFn, stacks: list[tuple[str, ...]] = STACKS) -> Case:
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
+    """No token twice in a row: equal pairs would have equal scores, whose order is a matter of rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(100, generator=generator)[:length] for _ in range(batch)])
+
+
+def assume_clear_decisions(model: HybridForCausalLM, ids: Tensor) -> None:
+    """Leave out the rare model in which two scores, or a score and 0, are so near that rounding decides."""
+    with torch.no_grad():
+        retention = model(ids, use_cache=False).retention
+    for scores in () if retention is None else retention.scores:
+        with_zero = torch.cat([scores, torch.zeros_like(scores[:, :1])], dim=1)
+        assume(with_zero.sort(dim=1).values.diff(dim=1).min() > 2e-6)
 
 
 def one_pass(model: HybridForCausalLM, ids: Tensor) -> Tensor:
@@ -96,6 +107,17 @@ def in_chunks(model: HybridForCausalLM, ids: Tensor, lengths: list[int], cache: 
     return torch.cat(pieces, dim=1)
 
 
+def gradients(model: HybridForCausalLM) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Within 1e-4 of the largest entry of each."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-6, name
+
+
 def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
 
@@ -109,6 +131,7 @@ def test_chunks_and_single_tokens_equal_one_pass(
 ) -> None:
     model = case.build(small_model)
     ids = random_ids(batch, length, case.seed)
+    assume_clear_decisions(model, ids)
     expected = one_pass(model, ids)
     assert_equal_logits(in_chunks(model, ids, lengths), expected)
     assert_equal_logits(in_chunks(model, ids, [1] * length), expected)
@@ -148,6 +171,7 @@ def test_pads_anywhere_in_any_call_change_nothing(small_model: ModelFactory, cas
     for row in range(batch):
         real = mask[row]
         if real.any():
+            assume_clear_decisions(model, ids[row : row + 1, real])
             alone = one_pass(model, ids[row : row + 1, real])[0]
             assert_equal_logits(whole[row, real], alone)
             assert_equal_logits(called[row, real], alone)
@@ -183,33 +207,19 @@ def test_left_pads_do_not_take_the_places_of_sinks(small_model: ModelFactory, st
     assert_equal_logits(logits[:, 10:], one_pass(model, ids))
 
 
-def packed_and_separate(
-    model: HybridForCausalLM, lengths: list[int], seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Logits, losses and gradients of documents packed into one row, and of the same documents one at a time."""
-    ids = random_ids(1, sum(lengths), seed)
-    ends = torch.tensor(lengths).cumsum(0)
-    model.zero_grad()
-    packed = model(ids, labels=ids, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), ends]))
-    packed.loss.backward()
-    found = {"logits": packed.logits.detach(), "lm": packed.lm_loss, "retention": packed.retention_loss}
-    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    pieces, lm, penalty = [], torch.zeros(()), torch.zeros(())
-    alone = [model(part, labels=part, use_cache=False) for part in ids.split(lengths, dim=1) if part.shape[1]]
-    targets = sum(out.logits.shape[1] - 1 for out in alone)
-    counted = [int(out.retention.penalised.sum()) if out.retention is not None else 0 for out in alone]
-    for out, count in zip(alone, counted, strict=True):
-        pieces.append(out.logits.detach())
-        lm = lm + out.lm_loss * (out.logits.shape[1] - 1) / max(targets, 1)
-        penalty = penalty + out.retention_loss * count / max(sum(counted), 1)
-    (lm + penalty).backward()
-    expected = {"logits": torch.cat(pieces, dim=1), "lm": lm, "retention": penalty}
-    expected |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found, expected
+def separately(model: HybridForCausalLM, documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of documents given one at a time, and both losses averaged over all their tokens."""
+    outputs = [model(document, labels=document, use_cache=False) for document in documents]
+    targets = [out.logits.shape[1] - 1 for out in outputs]
+    counted = [int(out.retention.penalised.sum()) if out.retention is not None else 0 for out in outputs]
+    lm_loss, retention_loss = torch.zeros(()), torch.zeros(())
+    for out, target, count in zip(outputs, targets, counted, strict=True):
+        lm_loss = lm_loss + out.lm_loss * target / max(sum(targets), 1)
+        retention_loss = retention_loss + out.retention_loss * count / max(sum(counted), 1)
+    return torch.cat([out.logits for out in outputs], dim=1), lm_loss, retention_loss
 
 
-@given(case=cases(), lengths=st.lists(st.integers(0, 22), min_size=1, max_size=5), training=st.booleans())
+@given(case=cases(), lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5), training=st.booleans())
 @settings(max_examples=40)
 def test_packed_documents_equal_separate_ones(
     small_model: ModelFactory, case: Case, lengths: list[int], training: bool
@@ -218,15 +228,20 @@ def test_packed_documents_equal_separate_ones(
     model = case.build(small_model).train(training)
     if model.model.has_scorers:
         model.model.l1_lambda.uniform_(0.5, 2.0)
-    found, expected = packed_and_separate(model, lengths, case.seed)
-    assert found.keys() == expected.keys()
-    for name in ("logits", "lm", "retention"):
-        torch.testing.assert_close(found[name], expected[name], atol=ATOL, rtol=0)
-    for name in found.keys() - {"logits", "lm", "retention"}:
-        scale = expected[name].abs().max().item()
-        torch.testing.assert_close(
-            found[name], expected[name], atol=1e-4 * scale + 1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    ids = random_ids(1, sum(lengths), case.seed)
+    documents = [document for document in ids.split(lengths, dim=1) if document.shape[1]]
+    for document in documents:
+        assume_clear_decisions(model, document)
+    packed = model(ids, labels=ids, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    packed.loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    logits, lm_loss, retention_loss = separately(model, documents)
+    (lm_loss + retention_loss).backward()
+    assert_equal_logits(packed.logits, logits)
+    torch.testing.assert_close(packed.lm_loss, lm_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed.retention_loss, retention_loss, atol=1e-5, rtol=0)
+    assert_equal_gradients(found, gradients(model))
 
 
 @given(case=cases(), training=st.booleans(), pads=st.integers(1, 12))
@@ -244,22 +259,17 @@ def test_padded_batches_have_the_losses_and_gradients_of_their_rows(
     hidden = slice(0, pads) if case.seed % 2 else slice(short, length)
     mask[1, hidden] = 0
     kept = ids[1:, pads:] if case.seed % 2 else ids[1:, :short]
-    model.zero_grad()
+    assume_clear_decisions(model, ids[:1])
+    assume_clear_decisions(model, kept)
     together = model(ids, attention_mask=mask, labels=ids, use_cache=False)
     together.loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = gradients(model)
     model.zero_grad()
-    rows = [model(part, labels=part, use_cache=False) for part in (ids[:1], kept)]
-    lm = (rows[0].lm_loss * (length - 1) + rows[1].lm_loss * (short - 1)) / (length + short - 2)
-    counts = [int(row.retention.penalised.sum()) if row.retention is not None else 0 for row in rows]
-    penalty = sum(row.retention_loss * count for row, count in zip(rows, counts, strict=True)) / max(sum(counts), 1)
-    torch.testing.assert_close(together.lm_loss, lm, atol=1e-5, rtol=0)
-    torch.testing.assert_close(together.retention_loss, penalty, atol=1e-5, rtol=0)
-    (lm + penalty).backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            atol = 1e-4 * p.grad.abs().max().item() + 1e-6
-            torch.testing.assert_close(found[name], p.grad, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    _, lm_loss, retention_loss = separately(model, [ids[:1], kept])
+    (lm_loss + retention_loss).backward()
+    torch.testing.assert_close(together.lm_loss, lm_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.retention_loss, retention_loss, atol=1e-5, rtol=0)
+    assert_equal_gradients(found, gradients(model))
 
 
 @pytest.mark.parametrize("stack", STACKS, ids="+".join)
@@ -267,14 +277,11 @@ def test_a_pass_that_fills_a_cache_has_the_gradients_of_one_that_does_not(
     small_model: ModelFactory, stack: tuple[str, ...]
 ) -> None:
     model, ids = small_model(*stack), random_ids(2, 30)
-    grads = []
-    for use_cache in (False, True):
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=use_cache).loss.backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, atol=1e-4 * grad.abs().max().item() + 1e-7, rtol=0)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=True).loss.backward()
+    assert_equal_gradients(gradients(model), expected)
 
 
 @given(case=cases(), first=st.integers(1, 30), branch=st.integers(1, 12))
@@ -306,6 +313,7 @@ def test_selected_and_repeated_rows_go_on_as_they_would_alone(
 ) -> None:
     model = case.build(small_model)
     ids = random_ids(3, first + 8, case.seed)
+    assume_clear_decisions(model, ids)
     expected = one_pass(model, ids)[:, first:]
     index = torch.tensor(rows)
     for change in ("select_rows", "reorder_cache", "batch_select_indices"):

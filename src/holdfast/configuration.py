@@ -40,7 +40,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "holdfast"
-    keys_to_ignore_at_inference = ["past_key_values", "retention"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "retention", "lm_loss", "retention_loss"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -306,21 +306,22 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, output_hidden_states
         )
-        hidden = outputs.last_hidden_state
         columns = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, columns])
+        logits = self.lm_head(outputs.last_hidden_state[:, columns])
+        loss = lm_loss = retention_loss = None
+        if labels is not None:
+            lm_loss = _next_token_loss(logits, labels, attention_mask, cu_seqlens)
+            retention_loss = self._retention_loss(outputs.retention, logits)
+            loss = lm_loss + retention_loss
         result = HybridCausalLMOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            retention_loss=retention_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             retention=outputs.retention,
         )
-        if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
-            result.lm_loss = _next_token_loss(logits, labels, attention_mask, cu_seqlens)
-            result.retention_loss = self._retention_loss(outputs.retention, logits)
-            result.loss = result.lm_loss + result.retention_loss
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
@@ -360,6 +361,8 @@ def _require_hybrid_cache(cache: Any) -> None:
 
 def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Mean cross-entropy of labels[:, t + 1] given logits[:, t], fp32."""
+    if logits.shape[1] != labels.shape[1]:
+        raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
     targets = labels[:, 1:]
     if mask is not None:
         real = mask[:, -labels.shape[1] :].bool()

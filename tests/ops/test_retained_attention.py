@@ -130,37 +130,24 @@ def test_queries_behind_cached_keys(queries: int, window: int | None, kind: str,
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    keys=st.integers(1, 180),
-    behind=st.integers(0, 150),
-    batch=st.integers(1, 2),
-    kv_heads=st.integers(1, 2),
-    groups=st.integers(1, 3),
+    lengths=st.tuples(st.integers(1, 180), st.integers(0, 150)),
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
     dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     window=st.one_of(st.none(), st.integers(0, 200)),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 1000),
 )
 def test_any_shape(
-    keys: int,
-    behind: int,
-    batch: int,
-    kv_heads: int,
-    groups: int,
+    lengths: tuple[int, int],
+    heads: tuple[int, int, int],
     dims: tuple[int, int],
     window: int | None,
     kind: str,
     seed: int,
 ) -> None:
-    inputs = tensors(
-        keys,
-        max(1, keys - behind),
-        batch=batch,
-        heads=kv_heads * groups,
-        kv_heads=kv_heads,
-        dim=dims[0],
-        value_dim=dims[1],
-        seed=seed,
-    )
+    (keys, behind), (batch, kv_heads, groups), (dim, value_dim) = lengths, heads, dims
+    shape = {"batch": batch, "heads": kv_heads * groups, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
+    inputs = tensors(keys, max(1, keys - behind), seed=seed, **shape)
     for name in FAST_BACKENDS:
         assert_like_reference(inputs, visibility(kind, inputs[1], window, seed), window, name)
 

@@ -73,7 +73,8 @@ class LearnedEviction(SoftmaxAttention):
 
     Attributes:
         router: the scorer (its published name).
-        eviction: False lets every query see everything while training (a schedule switches it on).
+        eviction: False lets every query see everything while training, and teaches the scorer nothing (a schedule
+            switches it on).
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
     """
 
@@ -154,10 +155,10 @@ class LearnedEviction(SoftmaxAttention):
         pending = score.new_full((score.shape[0], 1, score.shape[1]), torch.nan) if reach else score.unsqueeze(1)
         return MixerOutput(self.output(attend_slots(q, state)), pending)
 
-    @staticmethod
-    def _teaching(v: Tensor, scores: Tensor) -> Tensor:
-        """The values, unchanged; where gradients are wanted, theirs also reach the scores."""
-        return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
+    def _teaching(self, v: Tensor, scores: Tensor) -> Tensor:
+        """The values, unchanged; their gradients also reach the scores where the scores decide something."""
+        decides = self.eviction or not self.training
+        return straight_through(v, scores) if decides and torch.is_grad_enabled() and scores.requires_grad else v
 
     def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""

@@ -90,14 +90,12 @@ class _RetainedAttention(torch.autograd.Function):
         for tile in walk:
             weights = tile.hide(torch.bmm(q_rows[tile.queries], tile.read(k_rows).transpose(1, 2)))
             highest = weights.amax(dim=-1, keepdim=True)
-            if walk.cut:
+            if walk.cut:  # a query that sees nothing has weights of 2^−∞
                 highest.masked_fill_(highest == -torch.inf, 0.0)
             total = weights.sub_(highest).exp2_().sum(dim=-1, keepdim=True)
-            out_tile = torch.bmm(weights, tile.read(v_rows))
             if walk.cut:
-                # A query that sees nothing: 0 / 1 now, and 2^(score − ∞) = 0 in the backward pass.
-                highest.masked_fill_(total == 0, torch.inf)
                 total.masked_fill_(total == 0, 1.0)
+            out_tile = torch.bmm(weights, tile.read(v_rows))
             out[tile.queries] = out_tile.div_(total)
             log_sum[tile.queries] = highest.add_(total.log2_())
         out = _from_query_rows(out, q)

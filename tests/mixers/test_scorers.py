@@ -1,0 +1,104 @@
+"""The scorer computes what its definition says, and the straight-through gradient what the paper says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from holdfast.mixers.base import straight_through
+from holdfast.mixers.scorers import ConvScorer, receptive_field
+
+SHAPES = [((3, 3, 3), (2, 2, 2)), ((5, 3), (1, 3)), ((1,), (1,))]
+
+
+def by_definition(scorer: ConvScorer, features: Tensor, valid: Tensor) -> Tensor:
+    """Specification §3.3: one head at a time, 'same' zero padding, zeros at pads before every convolution."""
+    stack, scores = scorer.conv_stack, []
+    for head in range(features.shape[2]):
+        x = features[:, :, head].transpose(1, 2)
+        for conv in (*stack.convs, stack.proj):
+            groups = conv.groups
+            weight, bias = (t.chunk(groups)[head if groups > 1 else 0] for t in (conv.weight, conv.bias))
+            dilation = conv.dilation[1]
+            if conv is not stack.proj:
+                x = x * valid[:, None, :]
+            x = F.conv1d(x, weight[:, :, 0], bias, padding=(weight.shape[3] - 1) // 2 * dilation, dilation=dilation)
+            x = x if conv is stack.proj else F.silu(x)
+        scores.append(torch.sigmoid(x[:, 0]) - 0.5)
+    return torch.stack(scores, dim=2)
+
+
+def padded(features: Tensor, valid: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    return F.pad(features, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("sizes", "dilations"), SHAPES)
+def test_scores_and_gradients_by_definition(sizes: tuple[int, ...], dilations: tuple[int, ...], shared: bool) -> None:
+    torch.manual_seed(0)
+    scorer = ConvScorer(3, 16, sizes, dilations, dropout=0.0, shared=shared).double()
+    features = torch.randn(2, 21, 3, 16, dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(2, 21, dtype=torch.bool)
+    valid[1, :5] = False
+    out = scorer(
+        *padded(features, valid, scorer.reach),
+    )
+    expected = by_definition(scorer, features, valid)
+    weight = torch.randn_like(expected) * valid.unsqueeze(2)
+    torch.testing.assert_close(out.double()[valid], expected[valid], atol=1e-6, rtol=0)  # scores are fp32
+    inputs = [features, *scorer.parameters()]
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    for got, want in zip(found, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_score_depends_on_its_receptive_field_and_on_nothing_else() -> None:
+    torch.manual_seed(0)
+    scorer = ConvScorer(2, 16, dropout=0.0)
+    assert scorer.receptive_field == receptive_field((3, 3, 3), (2, 2, 2)) == 13
+    features = torch.randn(1, 40, 2, 16, requires_grad=True)
+    scores = scorer(*padded(features, torch.ones(1, 40, dtype=torch.bool), 6))
+    (gradient,) = torch.autograd.grad(scores[0, 20, 1], features)
+    touched = gradient[0].abs().sum(2).nonzero()
+    assert touched[:, 0].min() == 14
+    assert touched[:, 0].max() == 26
+    assert (touched[:, 1] == 1).all()  # the other head's pairs do not matter
+
+
+def test_values_at_pads_do_not_matter_even_if_they_are_nan() -> None:
+    scorer = ConvScorer(1, 8, dropout=0.0)
+    features = torch.randn(1, 20, 1, 8)
+    valid = torch.arange(20).unsqueeze(0) >= 4
+    clean = scorer(*padded(features, valid, 6))[:, 4:]
+    features[:, :4] = torch.nan
+    assert torch.equal(scorer(*padded(features, valid, 6))[:, 4:], clean)
+
+
+def test_dropout_only_in_training() -> None:
+    torch.manual_seed(0)
+    scorer, features = ConvScorer(1, 8, dropout=0.5), torch.randn(1, 32, 1, 8)
+    valid = torch.ones(1, 32, dtype=torch.bool)
+    assert not torch.equal(scorer(features, valid), scorer(features, valid))
+    scorer.eval()
+    assert torch.equal(scorer(features, valid), scorer(features, valid))
+
+
+def test_unusable_convolutions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be odd, got \(2,\)"):
+        receptive_field((2,), (1,))
+    with pytest.raises(ValueError, match="one dilation for each convolution"):
+        receptive_field((3, 3), (1,))
+
+
+def test_straight_through() -> None:
+    """Forward: v. Backward: ∂L/∂v unchanged, ∂L/∂s = ⟨∂L/∂v, v⟩."""
+    value = torch.randn(2, 5, 3, 4, requires_grad=True)
+    score = torch.randn(2, 5, 3, requires_grad=True)
+    upstream = torch.randn(2, 5, 3, 4)
+    out = straight_through(value, score)
+    assert torch.equal(out, value)
+    out.backward(upstream)
+    assert torch.equal(value.grad, upstream)
+    torch.testing.assert_close(score.grad, (upstream * value.detach()).sum(-1))
