@@ -75,11 +75,13 @@ class LearnedEviction(SoftmaxAttention):
         router: the scorer (its published name).
         eviction: False lets every query see everything while training, and teaches the scorer nothing (a schedule
             switches it on).
+        enforce_budget: True caps the store at `budget` slots in training too, so that what is kept is decided by rank.
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
     """
 
     Options = LearnedEvictionOptions
     eviction: bool = True
+    enforce_budget: bool = False
     exploration: float = 0.0
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
@@ -196,7 +198,9 @@ class LearnedEviction(SoftmaxAttention):
             return streaming_retention(effective, self.options.budget, self.options.window, starts=layout.starts)
         if not self.eviction:
             return torch.full_like(effective, FOREVER, dtype=torch.long)
+        budget = self.options.budget if self.enforce_budget else None
+        visible_until = streaming_retention(effective, budget, self.options.window, starts=layout.starts)
         if self.exploration > 0:
             explored = torch.rand_like(effective) < self.exploration
-            effective = effective.masked_fill(explored & (effective <= 0), torch.inf)
-        return streaming_retention(effective, None, self.options.window)
+            visible_until = visible_until.masked_fill(explored, FOREVER)
+        return visible_until

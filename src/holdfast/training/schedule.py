@@ -21,6 +21,9 @@ class RetentionSchedule:
 
     eviction_start: int | float = 0
     """Before this nothing is evicted and λ is left alone: the model learns with full attention first."""
+    enforce_budget: bool = False
+    """Whether the store holds no more than the budget in training either. False is the published way: every pair with
+    a positive score stays, and only λ keeps the number down."""
     scorer_freeze_steps: int = 0
     """For the first so many steps the scorer is not trained."""
     exploration: float = 0.0
@@ -66,6 +69,7 @@ class RetentionSchedule:
         evicts, exploration = self.evicts(step, total_steps), self.exploration_at(step, total_steps)
         for layer in learned_eviction_layers(model).values():
             layer.eviction = evicts
+            layer.enforce_budget = self.enforce_budget
             layer.exploration = exploration
             layer.router.requires_grad_(step >= self.scorer_freeze_steps)
 
