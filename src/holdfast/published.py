@@ -150,6 +150,10 @@ def _published_attention(config: HybridConfig, name: str, allowed: set[str]) -> 
     section: dict[str, Any] = {key: options.get(key) for key in ATTENTION_KEYS}
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
     if name == "learned_eviction":
+        if options.get("threshold", 0.5) != 0.5:
+            raise ValueError(
+                f"the published format computes only threshold = 0.5, this model has {options['threshold']}"
+            )
         section |= {"attn_type": "lte", "routing_method": "sigmoid", "routing_grad": True}
         section |= {theirs: options[ours] for theirs, ours in EVICTION_KEYS.items() if ours in options}
         section |= {

@@ -301,6 +301,13 @@ def test_parameter_groups(tmp_path):
             assert group["weight_decay"] == (0.5 if parameter.ndim >= 2 else 0.0)
             if names[parameter].endswith(("A_log", "dt_bias", "norm.weight", "bias")):
                 assert group["weight_decay"] == 0.0
+    decayed = parameter_groups(model, **settings, scorer_weight_decay=2.0)
+    for group in decayed:
+        for parameter in group["params"]:
+            if ".attn.router." in names[parameter]:
+                assert group["weight_decay"] == 2.0  # biases too
+            else:
+                assert group["weight_decay"] == (0.5 if parameter.ndim >= 2 else 0.0)
     optimizer = trainer.create_optimizer()
     assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in groups]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [group["weight_decay"] for group in groups]

@@ -104,3 +104,12 @@ def test_a_model_without_eviction_is_left_alone():
 def test_errors_name_the_setting(settings, message):
     with pytest.raises(ValueError, match=message):
         RetentionSchedule(**settings)
+
+
+def test_the_budget_can_be_held_in_training(model):
+    layer = next(iter(learned_eviction_layers(model).values()))
+    assert layer.training_budget is None
+    RetentionSchedule(enforce_budget=True).apply(model, 0, 10)
+    assert layer.training_budget == layer.options.budget
+    RetentionSchedule().apply(model, 0, 10)
+    assert layer.training_budget is None

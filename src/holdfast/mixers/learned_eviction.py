@@ -33,6 +33,8 @@ class LearnedEvictionOptions(AttentionOptions):
         sinks: first tokens of a sequence, never dropped.
         conv_size, conv_dilation: the scorer's convolutions; (1,), (1,) makes it a network without context.
         dropout: of the scorer, in training.
+        threshold: a pair is worth keeping where σ(logit) is above it. With 0 the store holds the best `budget` pairs,
+            whatever their scores; only their order counts.
         scorer_sharing: "head" (one network per KV head) or "layer" (one for all heads of a layer).
     """
 
@@ -42,6 +44,7 @@ class LearnedEvictionOptions(AttentionOptions):
     conv_size: tuple[int, ...] = (3, 3, 3)
     conv_dilation: tuple[int, ...] = (2, 2, 2)
     dropout: float = 0.1
+    threshold: float = 0.5
     scorer_sharing: Literal["head", "layer"] = "head"
 
     def __post_init__(self) -> None:
@@ -51,6 +54,7 @@ class LearnedEvictionOptions(AttentionOptions):
             0 <= self.sinks <= self.budget, f"sinks ({self.sinks}) must lie between 0 and the budget ({self.budget})"
         )
         require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require(0 <= self.threshold < 1, f"threshold must lie in [0, 1), got {self.threshold}")
         require(
             self.scorer_sharing in ("head", "layer"),
             f"scorer_sharing must be 'head' or 'layer', got {self.scorer_sharing!r}",
@@ -75,13 +79,13 @@ class LearnedEviction(SoftmaxAttention):
         router: the scorer (its published name).
         eviction: False lets every query see everything while training, and teaches the scorer nothing (a schedule
             switches it on).
-        enforce_budget: True caps the store at `budget` slots in training too, so that what is kept is decided by rank.
+        training_budget: slots of the store in training, so that what is kept is decided by rank; None: no cap.
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
     """
 
     Options = LearnedEvictionOptions
     eviction: bool = True
-    enforce_budget: bool = False
+    training_budget: int | None = None
     exploration: float = 0.0
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
@@ -93,6 +97,7 @@ class LearnedEviction(SoftmaxAttention):
             options.conv_dilation,
             options.dropout,
             shared=options.scorer_sharing == "layer",
+            threshold=options.threshold,
         )
 
     @classmethod
@@ -198,8 +203,7 @@ class LearnedEviction(SoftmaxAttention):
             return streaming_retention(effective, self.options.budget, self.options.window, starts=layout.starts)
         if not self.eviction:
             return torch.full_like(effective, FOREVER, dtype=torch.long)
-        budget = self.options.budget if self.enforce_budget else None
-        visible_until = streaming_retention(effective, budget, self.options.window, starts=layout.starts)
+        visible_until = streaming_retention(effective, self.training_budget, self.options.window, starts=layout.starts)
         if self.exploration > 0:
             explored = torch.rand_like(effective) < self.exploration
             visible_until = visible_until.masked_fill(explored, FOREVER)

@@ -15,8 +15,8 @@ class ConvScorer(nn.Module):
     """A small convolutional network per KV head that reads pairs with their neighbours, past and future.
 
     Input is concat(key before RoPE, value); each convolution is `dropout → grouped convolution (channels halve) →
-    SiLU`, the last map is 1×1 to one logit; the score is σ(logit) − ½, so that a pair is worth keeping where it is
-    positive. (He & Garner, arXiv 2510.20787, learnable token eviction; specification §3.3.) The parameters bear the
+    SiLU`, the last map is 1×1 to one logit; the score is σ(logit) − threshold, so that a pair is worth keeping where
+    it is positive (½ is the published threshold). (He & Garner, arXiv 2510.20787, learnable token eviction; specification §3.3.) The parameters bear the
     published names and shapes; the heads are the groups of the convolutions.
 
     Args:
@@ -24,6 +24,7 @@ class ConvScorer(nn.Module):
         channels: size of one head's input, 2D.
         kernel_sizes, dilations: of the convolutions, first to last.
         dropout: probability before each convolution, in training.
+        threshold: in [0, 1).
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class ConvScorer(nn.Module):
         dilations: tuple[int, ...] = (2, 2, 2),
         dropout: float = 0.1,
         shared: bool = False,
+        threshold: float = 0.5,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.shared = num_heads, dropout, shared
+        self.num_heads, self.dropout, self.shared, self.threshold = num_heads, dropout, shared, threshold
         self.conv_stack = _ConvStack(1 if shared else num_heads, channels, kernel_sizes, dilations)
         self.receptive_field = receptive_field(kernel_sizes, dilations)
 
@@ -54,7 +56,7 @@ class ConvScorer(nn.Module):
                 reads zeros.
 
         Returns:
-            [B, T, Hkv] fp32 scores in (−½, ½). O(T · R · D²) time, O(T · D) memory.
+            [B, T, Hkv] fp32 scores σ(logit) − threshold. O(T · R · D²) time, O(T · D) memory.
         """
         batch, length, heads, channels = features.shape
         x = features.permute(2, 0, 1, 3)  # [Hkv, B, time, channels]
@@ -68,7 +70,7 @@ class ConvScorer(nn.Module):
             edge = (valid.shape[1] - x.shape[2]) // 2
             valid = valid[:, edge : valid.shape[1] - edge]
         logits = _grouped_conv(x, self.conv_stack.proj).view(heads, batch, -1).permute(1, 2, 0)
-        return torch.sigmoid(logits.float()) - 0.5
+        return torch.sigmoid(logits.float()) - self.threshold
 
 
 class _ConvStack(nn.Module):

@@ -41,6 +41,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
         self.schedule = _settings(RetentionSchedule, schedule) or RetentionSchedule()
         self.patience = patience
         self.controller: BudgetController | None = None
+        self._watch: RetentionWatch | None = None
         self._steps = 0
         self._hook: RemovableHandle | None = None
         self._counts, self._positions = _RunningMean(), _RunningMean()
@@ -85,9 +86,11 @@ class RetentionCallback(TrainerCallback, ExportableState):
         self.controller = BudgetController(model, config=self.controller_config)
         saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
         self.controller.load_state_dict({"steps": saved["attributes"].get("_steps", 0)})
-        self._watch = RetentionWatch(
-            list(layers), self.controller.budget, patience=self.patience, check_every=min(100, self.patience)
-        )
+        # Without a threshold every score is positive: that a head "keeps everything" then says nothing.
+        if any(layer.options.threshold > 0 for layer in layers.values()):
+            self._watch = RetentionWatch(
+                list(layers), self.controller.budget, patience=self.patience, check_every=min(100, self.patience)
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.apply(kwargs["model"], state.global_step, state.max_steps)
@@ -101,7 +104,8 @@ class RetentionCallback(TrainerCallback, ExportableState):
         self._logged["kept"].add(kept)
         if self.schedule.evicts(state.global_step, state.max_steps):
             self.controller.step(kept)
-            self._watch.step(kept, positions)
+            if self._watch is not None:
+                self._watch.step(kept, positions)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._hook is not None:

@@ -84,6 +84,8 @@ class TrainingSection:
     learning_rate: float = 3e-4
     scorer_lr_scale: float = 1.0
     """Factor on the learning rate of the scorers of learned eviction."""
+    scorer_weight_decay: float | None = None
+    """On all parameters of the scorers; left out: like the rest. Keeps their sigmoids from saturating."""
     warmup_steps: int = 0
     final_lr_share: float = 0.1
     """Learning rate of the last step over the highest."""
@@ -114,6 +116,8 @@ class TrainingSection:
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "workers", "scorer_lr_scale", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.scorer_weight_decay is not None and self.scorer_weight_decay < 0:
+            raise ValueError(f"scorer_weight_decay must be 0 or more, got {self.scorer_weight_decay}.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.final_lr_share <= 1:

@@ -78,6 +78,7 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
         processing_class=data.tokenizer,
         retention=RetentionCallback(recipe.controller, recipe.retention),
         scorer_lr_scale=recipe.training.scorer_lr_scale,
+        scorer_weight_decay=recipe.training.scorer_weight_decay,
     )
     bar = ProgressBar()
     trainer.remove_callback(PrinterCallback)

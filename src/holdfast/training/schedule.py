@@ -69,7 +69,7 @@ class RetentionSchedule:
         evicts, exploration = self.evicts(step, total_steps), self.exploration_at(step, total_steps)
         for layer in learned_eviction_layers(model).values():
             layer.eviction = evicts
-            layer.enforce_budget = self.enforce_budget
+            layer.training_budget = layer.options.budget if self.enforce_budget else None
             layer.exploration = exploration
             layer.router.requires_grad_(step >= self.scorer_freeze_steps)
 

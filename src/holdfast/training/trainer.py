@@ -18,7 +18,12 @@ class TrainingDivergedError(RuntimeError):
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, scorer_lr_scale: float = 1.0
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scorer_lr_scale: float = 1.0,
+    scorer_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: scorers apart, weight decay on matrices only.
 
@@ -30,22 +35,23 @@ def parameter_groups(
         learning_rate: of everything but the scorers.
         weight_decay: of parameters with two or more dimensions.
         scorer_lr_scale: factor on the learning rate of the scorers.
+        scorer_weight_decay: of all parameters of the scorers, biases included, so that their logits are drawn to 0 and
+            not into the flat ends of the sigmoid, where nothing is learned; None: as for the rest.
 
     Returns:
         Up to four groups with the keys `params`, `lr`, `weight_decay`.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_scorer = ".attn.router." in f".{name}"
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        if is_scorer and scorer_weight_decay is not None:
+            decay = scorer_weight_decay
         if parameter.requires_grad or is_scorer:
-            groups.setdefault((is_scorer, parameter.ndim >= 2), []).append(parameter)
+            groups.setdefault((is_scorer, decay), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0),
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        for (is_scorer, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": parameters, "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0), "weight_decay": decay}
+        for (is_scorer, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -58,13 +64,19 @@ class HybridTrainer(Trainer):
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
         retention: the callback that steers learned eviction; None: one with the settings in the model's configuration.
-        scorer_lr_scale: factor on the learning rate of the scorers.
+        scorer_lr_scale, scorer_weight_decay: as for `parameter_groups`.
     """
 
     def __init__(
-        self, *args: Any, retention: RetentionCallback | None = None, scorer_lr_scale: float = 1.0, **kwargs: Any
+        self,
+        *args: Any,
+        retention: RetentionCallback | None = None,
+        scorer_lr_scale: float = 1.0,
+        scorer_weight_decay: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.scorer_weight_decay = scorer_weight_decay
         self.scorer_lr_scale = scorer_lr_scale
         self.last_metrics: dict[str, Any] = {}
         self._first_bad_step: Tensor | None = None
@@ -83,6 +95,7 @@ class HybridTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 scorer_lr_scale=self.scorer_lr_scale,
+                scorer_weight_decay=self.scorer_weight_decay,
             )
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
