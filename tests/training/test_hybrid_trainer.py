@@ -204,6 +204,7 @@ def make_trainer(directory, cls, **arguments):
         model=HybridForCausalLM(make_recipe(directory).build_config()),
         args=TrainingArguments(output_dir=str(directory), **(defaults | arguments)),
         train_dataset=NeedleStream(TASK, size=64),
+        data_collator=NeedleStream.collate,
         **own,
     )
 
@@ -225,7 +226,7 @@ def test_the_callback_serves_a_plain_trainer_and_averages_micro_batches(tmp_path
     assert torch.equal(trainer.model.model.l1_lambda, twin.model.l1_lambda)
     assert twin.model.num_kept.max() > 0
     before = trainer.model.model.num_kept.clone()
-    trainer.model.train()(**{k: v[None] for k, v in NeedleStream(TASK)[0].items() if k != "distance"})
+    trainer.model.train()(**{k: v for k, v in NeedleStream(TASK)[0].items() if k != "distance"})
     assert torch.equal(trainer.model.model.num_kept, before)  # the hook is gone
 
 

@@ -16,8 +16,8 @@ class ConvScorer(nn.Module):
 
     Input is concat(key before RoPE, value); each convolution is `dropout → grouped convolution (channels halve) →
     SiLU`, the last map is 1×1 to one logit; the score is σ(logit) − threshold, so that a pair is worth keeping where
-    it is positive (½ is the published threshold). (He & Garner, arXiv 2510.20787, learnable token eviction; specification §3.3.) The parameters bear the
-    published names and shapes; the heads are the groups of the convolutions.
+    it is positive; ½ is the published threshold (He & Garner, arXiv 2510.20787; specification §3.3). The parameters
+    bear the published names and shapes; the heads are the groups of the convolutions.
 
     Args:
         num_heads: KV heads, each with a network of its own; with `shared`, one network serves them all.
