@@ -184,6 +184,9 @@ def test_the_claim_follows_the_numbers() -> None:
     far_below_full = check_claim(measurements(gdn=30, swa=40, lalte=90, full=99))
     assert not far_below_full.shown
     assert "not near full attention" in far_below_full.sentence
+    too_short = check_claim(measurements(gdn=3, swa=4, lalte=43, full=15))
+    assert not too_short.shown
+    assert "full attention itself has not learned the task yet" in too_short.sentence
     no_better = check_claim(measurements(gdn=30, swa=92, lalte=96, full=99))
     assert not no_better.shown
     assert "not clearly above" in no_better.sentence

@@ -24,6 +24,8 @@ NEAR = 0.05
 """laLTE counts as near full attention when its accuracy is at most this much lower."""
 CLEAR = 0.10
 """A model counts as below laLTE when its accuracy is at least this much lower."""
+SOLVED = 0.9
+"""Full attention must recall this much, or the models have not been trained far enough to compare."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def check_claim(results: Mapping[str, Measurement]) -> Claim:
         f"beyond the window laLTE recalls {kept:.1%}, full attention {full:.1%}, "
         f"GDN {accuracy['needle-gdn']:.1%} and GDN + SWA {accuracy['needle-gdn-swa']:.1%}"
     )
-    if near and above:
+    trained = full >= SOLVED
+    if near and above and trained:
         ratio = grown["needle-gdn-full"] / grown["needle-lalte"]
         tokens = max(results["needle-lalte"].cache_bytes)
         return Claim(
@@ -63,7 +66,8 @@ def check_claim(results: Mapping[str, Measurement]) -> Claim:
             f"The claim shows: {numbers}; after {tokens:,} tokens the memory of full attention is "
             f"{ratio:.1f} times that of laLTE, which does not grow.",
         )
-    missing = [] if near else ["laLTE is not near full attention"]
+    missing = [] if trained else ["full attention itself has not learned the task yet"]
+    missing += [] if near else ["laLTE is not near full attention"]
     missing += [] if above else ["laLTE is not clearly above the models without a store"]
     return Claim(False, f"The claim does not show in this run ({' and '.join(missing)}): {numbers}.")
 
