@@ -49,6 +49,7 @@ class LearnedEvictionOptions(AttentionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.window >= 0, f"window must be 0 or more, got {self.window}")
         require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
         require(
             0 <= self.sinks <= self.budget, f"sinks ({self.sinks}) must lie between 0 and the budget ({self.budget})"

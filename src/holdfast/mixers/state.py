@@ -93,7 +93,7 @@ class MixerState(CacheLayerMixin):
         """A copy of the state: tensors by name, and `columns` as a scalar tensor. Empty if nothing is allocated."""
         if not self.is_initialized:
             return {}
-        copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        copies = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         return copies | {"columns": torch.tensor(self.columns)}
 
     def restore(self, snapshot: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> None:
