@@ -18,7 +18,7 @@ class RetentionOutput(ModelOutput):
     """What the scorers said in one forward pass.
 
     Attributes:
-        scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − threshold; a pair is worth keeping where s > 0. With a cache,
+        scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − threshold; above 0: worth keeping. With a cache,
             scores of the last R // 2 tokens are not final (NaN while decoding token by token).
         kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
         penalised: [B, T] bool: those positions, real tokens with R // 2 tokens of future.
