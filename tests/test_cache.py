@@ -223,3 +223,16 @@ def test_tokens_cannot_be_taken_back(small_model: ModelFactory) -> None:
 def test_a_state_names_the_tensor_it_does_not_have() -> None:
     with pytest.raises(AttributeError, match="'keys'"):
         _ = WindowState(2, 8, 5).keys
+
+
+@pytest.mark.parametrize("missing", ["seen", "layers.0.columns"])
+def test_an_incomplete_snapshot_is_refused_by_name(missing: str, small_model: Callable[..., HybridForCausalLM]) -> None:
+    model = small_model()
+    cache = HybridCache(model.config)
+    with torch.no_grad():
+        model(torch.arange(9).view(1, -1), past_key_values=cache)
+    snapshot = cache.snapshot()
+    del snapshot[missing]
+    with pytest.raises(ValueError, match="incomplete"):
+        cache.restore(snapshot)
+    assert cache.columns == 9

@@ -103,6 +103,8 @@ class HybridCache(Cache):
         kept = ("seen", *(f"layers.{index}." for index in range(len(self.layers))))
         if foreign := sorted(name for name in snapshot if not name.startswith(kept)):
             raise ValueError(f"the snapshot holds what this cache of {len(self.layers)} layers lacks: {foreign[0]}")
+        if snapshot and "seen" not in snapshot:
+            raise ValueError("the snapshot is incomplete: it has no 'seen', the number of tokens of each row")
         restored = []
         for index, layer in enumerate(self.layers):
             prefix = f"layers.{index}."

@@ -232,3 +232,9 @@ def test_text_that_cannot_be_packed() -> None:
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         PackedText.from_texts(["ab"], endless, 2)
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left() -> None:
+    tokenizer = load_tokenizer("byte")
+    mask = tokenizer(["a", "abc"], padding=True)["attention_mask"]
+    assert mask == [[0, 0, 1], [1, 1, 1]]

@@ -358,7 +358,12 @@ def _first(documents: Iterator[np.ndarray], max_tokens: int) -> Iterator[np.ndar
 def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))  # here, so that their ids follow this order
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",  # a batch of prompts must end in tokens, not in pads, to be continued
+        **SPECIAL_TOKENS,
+    )
 
 
 def _byte_characters() -> list[str]:

@@ -105,6 +105,8 @@ class MixerState(CacheLayerMixin):
         if not snapshot:
             self.tensors, self.columns, self.is_initialized = {}, 0, False
             return
+        if "columns" not in snapshot or len(snapshot) == 1:
+            raise ValueError(f"the snapshot of {type(self).__name__} is incomplete: it holds {sorted(snapshot)}")
         columns = int(snapshot["columns"])
         batch_size = next(tensor for name, tensor in snapshot.items() if name != "columns").shape[0]
         expected = {name: entry.shape for name, entry in self.spec(batch_size, dtype, columns).items()}
