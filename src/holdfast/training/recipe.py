@@ -52,6 +52,8 @@ class TextData:
     split: str = "train"
     validation_split: str | None = None
     """Split for evaluations during training; None: none are made."""
+    validation_tokens: int | None = 131_072
+    """Read about as many tokens of that split, so that an evaluation stays short; None: all."""
     column: str = "text"
     tokenizer: str = "byte"
     """"byte", "train" (a byte-level BPE of model.vocab_size, learned from the text), a directory, or a hub name."""

@@ -184,7 +184,7 @@ def _text_data(recipe: Recipe, data: TextData, directory: Path, resume: bool) ->
     evaluation = None
     if recipe.training.eval_every and data.validation_split:
         held_out = load_text(data.source, split=data.validation_split, text_column=data.column, config=data.config)
-        evaluation = PackedText.from_texts(held_out, tokenizer, **options)
+        evaluation = PackedText.from_texts(held_out, tokenizer, max_tokens=data.validation_tokens, **options)
     collator = collate_isolated if data.isolate else default_data_collator
     return _Data(blocks, evaluation, collator, tokenizer)
 
