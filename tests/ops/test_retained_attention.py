@@ -295,9 +295,21 @@ def test_inside_a_compiled_function(queries: int) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return retained_attention(q.sin(), k, v, until, 9).cos()
 
-    compiled = outputs_and_gradients(torch.compile(model, backend="eager"), q, k, v)
+    compiled = outputs_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), q, k, v)
     for ours, theirs in zip(compiled, outputs_and_gradients(model, q, k, v), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("plain", 2), ("some", 4)])
+def test_operators_are_registered_as_pytorch_asks(kind: str, heads: int) -> None:
+    q, k, v = tensors(33, 29, heads=heads, dim=6, value_dim=5)
+    until = visibility(kind, k, 4)
+    arguments = (q, k, v, None if until is None else until.expand(*k.shape[:3]), 4, 0.3)
+    torch.library.opcheck(torch.ops.holdfast.retained_attention_tiled, arguments)
+    detached = [tensor.detach() for tensor in (q, k, v)]
+    out, log_sum = torch.ops.holdfast.retained_attention_tiled(*detached, *arguments[3:])
+    backward = (*detached, arguments[3], out, log_sum, torch.ones_like(out), 4, 0.3)
+    torch.library.opcheck(torch.ops.holdfast.retained_attention_tiled_backward, backward)
 
 
 class LargestTensor(TorchDispatchMode):

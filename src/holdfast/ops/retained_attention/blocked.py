@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from holdfast.ops.precision import compute_dtype, without_autocast
 
 # Up to this many queries (decoding, short chunks) all keys are read at once.
 _FEW_QUERIES = 16
@@ -68,25 +69,26 @@ def _few_queries(
     return out.unflatten(2, (queries, groups)).transpose(1, 2).flatten(2, 3)
 
 
-# torch.compile would unroll the tiles into one graph, and into another for every length and mask.
-@torch.compiler.disable
 def _in_tiles(
     q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
-    return _RetainedAttention.apply(q, k, v, visible_until, window, scale)
+    return _tiled(q, k, v, visible_until, window, scale)[0]
 
 
-class _RetainedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None, scale: float
-    ) -> Tensor:
-        kv_heads = k.shape[2]
-        # Powers of two are twice as fast as powers of e: log2(e) goes into the scale.
-        q_rows, k_rows, v_rows = _query_rows(q, kv_heads) * (scale / math.log(2)), _key_rows(k), _key_rows(v)
-        walk = _Walk(q, k, visible_until, window)
-        out = q_rows.new_empty(*q_rows.shape[:2], v.shape[-1])
-        log_sum = q_rows.new_empty(*q_rows.shape[:2], 1)
+@torch.library.custom_op("holdfast::retained_attention_tiled", mutates_args=())
+def _tiled(
+    q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward pass the base-2 log-sum-exp [rows, Tq·G, 1].
+
+    A custom op, so that a compiler does not unroll the tiles into one graph, and into another for every mask.
+    """
+    kv_heads = k.shape[2]
+    # Powers of two are twice as fast as powers of e: log2(e) goes into the scale.
+    q_rows, k_rows, v_rows = _query_rows(q, kv_heads) * (scale / math.log(2)), _key_rows(k), _key_rows(v)
+    walk = _Walk(q, k, visible_until, window)
+    out, log_sum = _empty_outputs(q_rows, v)
+    with without_autocast(q.device):
         for tile in walk:
             weights = tile.hide(torch.bmm(q_rows[tile.queries], tile.read(k_rows).transpose(1, 2)))
             highest = weights.amax(dim=-1, keepdim=True)
@@ -98,21 +100,24 @@ class _RetainedAttention(torch.autograd.Function):
             out_tile = torch.bmm(weights, tile.read(v_rows))
             out[tile.queries] = out_tile.div_(total)
             log_sum[tile.queries] = highest.add_(total.log2_())
-        out = _from_query_rows(out, q)
-        ctx.save_for_backward(q, k, v, visible_until, out, log_sum)
-        ctx.window, ctx.scale = window, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, visible_until, out, log_sum = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            gradients = _gradients(q, k, v, visible_until, out, log_sum, grad_out, ctx.window, ctx.scale)
-        return *gradients, None, None, None
+    return _from_query_rows(out, q), log_sum
 
 
-def _gradients(
+@_tiled.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, log_sum = _empty_outputs(_query_rows(q, k.shape[2]), v)
+    return _from_query_rows(out, q), log_sum
+
+
+def _empty_outputs(q_rows: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    rows = q_rows.shape[:2]
+    return q_rows.new_empty(*rows, v.shape[-1]), q_rows.new_empty(*rows, 1)
+
+
+@torch.library.custom_op("holdfast::retained_attention_tiled_backward", mutates_args=())
+def _tiled_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,23 +128,60 @@ def _gradients(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, from the output and the base-2 log-sum-exp [rows, Tq·G, 1] of the forward pass."""
+    """dq, dk and dv."""
     kv_heads = k.shape[2]
     q_rows, k_rows, v_rows = _query_rows(q, kv_heads) * (scale / math.log(2)), _key_rows(k), _key_rows(v)
     grad_rows = _query_rows(grad_out, kv_heads)
     inner = (grad_rows * _query_rows(out, kv_heads)).sum(dim=-1, keepdim=True)
     dq, dk, dv = torch.empty_like(q_rows), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-    for tile in _Walk(q, k, visible_until, window):
-        q_tile, grad_tile, keys = q_rows[tile.queries], grad_rows[tile.queries], tile.read(k_rows)
-        scores = torch.bmm(q_tile, keys.transpose(1, 2)).sub_(log_sum[tile.queries])
-        weights = tile.hide(scores).exp2_()
-        tile.add(dv, torch.bmm(weights.transpose(1, 2), grad_tile))
-        grad_weights = torch.bmm(grad_tile, tile.read(v_rows).transpose(1, 2)).sub_(inner[tile.queries])
-        grad_scores = weights.mul_(grad_weights)
-        dq[tile.queries] = torch.bmm(grad_scores, keys)
-        tile.add(dk, torch.bmm(grad_scores.transpose(1, 2), q_tile))
+    with without_autocast(q.device):
+        for tile in _Walk(q, k, visible_until, window):
+            q_tile, grad_tile, keys = q_rows[tile.queries], grad_rows[tile.queries], tile.read(k_rows)
+            scores = torch.bmm(q_tile, keys.transpose(1, 2)).sub_(log_sum[tile.queries])
+            weights = tile.hide(scores).exp2_()
+            tile.add(dv, torch.bmm(weights.transpose(1, 2), grad_tile))
+            grad_weights = torch.bmm(grad_tile, tile.read(v_rows).transpose(1, 2)).sub_(inner[tile.queries])
+            grad_scores = weights.mul_(grad_weights)
+            dq[tile.queries] = torch.bmm(grad_scores, keys)
+            tile.add(dk, torch.bmm(grad_scores.transpose(1, 2), q_tile))
     # The queries carry scale / ln 2.
     return _from_query_rows(dq.mul_(scale), q), _from_key_rows(dk.mul_(math.log(2)), k), _from_key_rows(dv, v)
+
+
+@_tiled_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+    grad_out: Tensor,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (
+        torch.empty_like(_query_rows(q, k.shape[2])),
+        torch.empty_like(_key_rows(k)),
+        torch.empty_like(_key_rows(v)),
+    )
+    return _from_query_rows(dq, q), _from_key_rows(dk, k), _from_key_rows(dv, v)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
+    return *_tiled_backward(*ctx.saved_tensors, grad_out, ctx.window, ctx.scale), None, None, None
+
+
+_tiled.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 @dataclass(frozen=True)
@@ -185,7 +227,7 @@ class _Walk:
         (batch, self.queries, heads), (self.keys, kv_heads) = q.shape[:3], k.shape[1:3]
         self.rows, self.groups = batch * kv_heads, heads // kv_heads
         self.window = self.keys if window is None else min(window, self.keys)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.dtype = compute_dtype(q)
         window_end = torch.arange(self.window, self.keys + self.window, device=q.device).clamp_(max=self.keys)
         if visible_until is None:
             # [rows or 1, Tk]; whether keys are lost inside the window; how many at most are seen beyond it.
@@ -272,7 +314,7 @@ class _FarKeys:
 
 def _query_rows(q: Tensor, kv_heads: int) -> Tensor:
     """[B, Tq, H, D] → [B·Hkv, Tq·G, D] in fp32 or fp64."""
-    exact = q.to(torch.promote_types(q.dtype, torch.float32))
+    exact = q.to(compute_dtype(q))
     return exact.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
@@ -286,7 +328,7 @@ def _from_query_rows(rows: Tensor, q: Tensor) -> Tensor:
 
 def _key_rows(k: Tensor) -> Tensor:
     """[B, Tk, Hkv, D] → contiguous [B·Hkv, Tk, D] in fp32 or fp64."""
-    return k.to(torch.promote_types(k.dtype, torch.float32)).transpose(1, 2).contiguous().flatten(0, 1)
+    return k.to(compute_dtype(k)).transpose(1, 2).contiguous().flatten(0, 1)
 
 
 def _from_key_rows(rows: Tensor, k: Tensor) -> Tensor:
