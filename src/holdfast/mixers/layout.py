@@ -6,13 +6,29 @@ where a document ends is decided once. Positions count the real tokens of a sequ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from holdfast.ops.rotary import rotary_tables
+
+T = TypeVar("T")
+
+
+class _once(Generic[T]):  # noqa: N801
+    """`functools.cached_property` without the lock of Python 3.11, which torch.compile cannot enter."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, layout: Any, owner: type | None = None) -> T:
+        value = self.compute(layout)
+        layout.__dict__[self.compute.__name__] = value  # found before this descriptor from now on
+        return value
 
 
 @dataclass(frozen=True)
@@ -52,26 +68,26 @@ class TokenLayout:
             self._tables[dim, theta] = rotary_tables(self.positions, dim, theta)
         return self._tables[dim, theta]
 
-    @cached_property
+    @_once
     def num_pads(self) -> Tensor | None:
         """[B] int64, pads in front of each row; None where there are none."""
         if self.real is None:
             return None
         return self.length - self.real.sum(dim=1)
 
-    @cached_property
+    @_once
     def num_real(self) -> Tensor:
         """[B] int64, real tokens of each row in this call."""
         if self.real is None:
             return torch.full_like(self.seen, self.length)
         return self.real.sum(dim=1)
 
-    @cached_property
+    @_once
     def token_positions(self) -> Tensor:
         """[B, T] int64: `positions`, with −1 at pads."""
         return self.positions if self.real is None else self.positions.masked_fill(~self.real, -1)
 
-    @cached_property
+    @_once
     def starts(self) -> Tensor | None:
         """[B, T] bool, True at the first column of each packed document; None without packing."""
         if self.cu_seqlens is None:
@@ -80,7 +96,7 @@ class TokenLayout:
         starts[self.cu_seqlens] = True  # the end, and empty documents there, point one past the last column
         return starts[: self.length].unsqueeze(0)
 
-    @cached_property
+    @_once
     def last_columns(self) -> Tensor | None:
         """[B, T] int64, the last column of the packed document a column belongs to; None without packing."""
         if self.cu_seqlens is None:
@@ -117,8 +133,9 @@ def real_columns(mask: Tensor | None, batch_size: int, length: int) -> Tensor | 
             f"attention_mask must be [B, T] with 0 at pads, got {tuple(mask.shape)} for {batch_size} × {length}"
         )
     real = mask[:, -length:].bool()
-    # Cheap to look where looking does not stall a device; everything is simpler without pads.
-    return None if real.device.type == "cpu" and bool(real.all()) else real
+    # Cheap to look where looking does not stall a device nor break a graph; everything is simpler without pads.
+    cheap = real.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if cheap and bool(real.all()) else real
 
 
 def pads_first(rows: Tensor, num_past: int, num_pads: Tensor | None) -> Tensor:
@@ -148,7 +165,9 @@ def restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, batch_size: int, length: int) -> Tensor:
-    """`cu_seqlens`, if it can be the offsets of documents packed into one row; values are looked at only on a CPU.
+    """`cu_seqlens`, if it can be the offsets of documents packed into one row.
+
+    Values are looked at only on a CPU and outside torch.compile.
 
     Raises:
         ValueError: there are several rows, or the offsets do not rise from 0 to `length`.
@@ -157,7 +176,7 @@ def checked_cu_seqlens(cu_seqlens: Tensor, batch_size: int, length: int) -> Tens
         raise ValueError(f"cu_seqlens needs a batch of one row, got {batch_size}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         raise ValueError("cu_seqlens must be a 1-D tensor of integer offsets [0, end of document 1, …, T]")
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {ends}")

@@ -1,0 +1,92 @@
+"""torch.compile takes the whole model as one graph, in training and in decoding, and changes no number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast import HybridCache, HybridConfig, HybridForCausalLM
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {"num_heads": 2, "head_dim": 8},
+    "full_attention": {"num_heads": 4, "num_kv_heads": 2},
+    "sliding_attention": {"num_heads": 4, "num_kv_heads": 2, "window": 9},
+    "learned_eviction": {"num_heads": 4, "num_kv_heads": 2, "window": 12, "budget": 6, "sinks": 1, "dropout": 0.0},
+}
+
+
+def small_model() -> HybridForCausalLM:
+    """One layer of every mixer: compiling costs seconds, whatever the size."""
+    torch.manual_seed(3)
+    config = HybridConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=len(OPTIONS),
+        intermediate_size=48,
+        mixers=list(OPTIONS),
+        mixer_options=OPTIONS,
+    )
+    return HybridForCausalLM(config)
+
+
+def batch(kind: str, columns: int = 30) -> dict[str, Tensor]:
+    ids = torch.randint(0, 50, (1 if kind == "packed" else 2, columns), generator=torch.Generator().manual_seed(1))
+    if kind == "packed":
+        return {"input_ids": ids, "cu_seqlens": torch.tensor([0, 11, columns])}
+    if kind == "pads":
+        mask = torch.ones_like(ids)
+        mask[0, :7] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["pads", "packed"])
+def test_a_training_step_is_one_graph(kind: str) -> None:
+    model = small_model().train()
+    inputs = batch(kind)
+
+    def step(run: Callable[..., Any]) -> list[Tensor]:
+        model.zero_grad()
+        loss = run(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = step(model)
+    actual = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert len(actual) == len(expected) > 40
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_prefill_and_decoding_are_one_graph_each() -> None:
+    model = small_model().eval()
+    ids = batch("plain", 48)["input_ids"]
+
+    def logits(run: Callable[..., Any], cache: HybridCache) -> list[Tensor]:
+        chunks = [ids[:, :20], ids[:, 20:34], *ids[:, 34:].split(1, dim=1)]
+        return [run(input_ids=chunk, past_key_values=cache).logits for chunk in chunks]
+
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    caches = HybridCache(model.config), HybridCache(model.config)
+    expected = logits(model, caches[0])
+    actual = logits(torch.compile(model, backend=count, fullgraph=True), caches[1])
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for tensor, theirs in zip(caches[1].snapshot().values(), caches[0].snapshot().values(), strict=True):
+        torch.testing.assert_close(tensor, theirs)
+    # Two chunks, and a step: once more, at most, when a count that changed turns out to be dynamic.
+    assert graphs <= 4
