@@ -112,9 +112,15 @@ def _grouped_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     groups, batch, length, channels = x.shape
     kernel, dilation = conv.kernel_size[1], conv.dilation[1]
     out_length = length - (kernel - 1) * dilation
-    weight = conv.weight.view(groups, -1, channels, kernel).permute(0, 3, 2, 1).reshape(groups, kernel * channels, -1)
     taps = [x[:, :, tap * dilation : tap * dilation + out_length] for tap in range(kernel)]
-    rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
+    if batch * out_length < channels:  # bring the smaller operand into the order of the other: here, a decoded token
+        weight = conv.weight.view(groups, -1, channels * kernel).mT
+        rows = torch.stack(taps, dim=-1).view(groups, batch * out_length, channels * kernel)
+    else:
+        weight = (
+            conv.weight.view(groups, -1, channels, kernel).permute(0, 3, 2, 1).reshape(groups, kernel * channels, -1)
+        )
+        rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
     assert conv.bias is not None
     out = torch.baddbmm(conv.bias.view(groups, 1, -1), rows, weight)
     return out.view(groups, batch, out_length, -1)
