@@ -7,6 +7,7 @@ from torch import Tensor
 
 from holdfast.ops.retained_attention.blocked import retained_attention_blocked
 from holdfast.ops.retained_attention.reference import retained_attention_reference
+from holdfast.ops.retained_attention.triton import is_available, retained_attention_triton, supports
 from holdfast.ops.retention import FOREVER
 
 __all__ = ["BACKENDS", "FOREVER", "retained_attention"]
@@ -16,6 +17,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None, float], T
 BACKENDS: dict[str, Backend] = {
     "reference": retained_attention_reference,
     "blocked": retained_attention_blocked,
+    "triton": retained_attention_triton,
 }
 
 

@@ -1,0 +1,23 @@
+"""Triton's kernels on the CPU, by its interpreter, for the tests of machines without a GPU."""
+
+import importlib.util
+import os
+
+import torch
+
+
+def prepare() -> None:
+    """Turn the interpreter on where there is no GPU. To be called before anything imports Triton."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, scope: object) -> None:
+        """Loop bounds are arrays of one element there, which NumPy from 2.4 on refuses to take for integers."""
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
