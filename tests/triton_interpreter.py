@@ -1,4 +1,7 @@
-"""Triton's kernels on the CPU, by its interpreter, for the tests of machines without a GPU."""
+"""Triton's kernels on the CPU, by its interpreter, where there is no GPU.
+
+Importing this module turns it on. It must come before whatever imports Triton, which reads the variable at once.
+"""
 
 import importlib.util
 import os
@@ -6,8 +9,7 @@ import os
 import torch
 
 
-def prepare() -> None:
-    """Turn the interpreter on where there is no GPU. To be called before anything imports Triton."""
+def _prepare() -> None:
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
         return
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,3 +23,6 @@ def prepare() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+_prepare()

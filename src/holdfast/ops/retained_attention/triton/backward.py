@@ -60,7 +60,7 @@ def backward(
         grid = (shape.rows * shape.key_tiles(tile),)
         for far in (True, False) if shape.has_far else (False,):
             key_gradient_kernel[grid](
-                q, k, v, grad_out, log_sum, inner, dk, dv, *plan[:3], *factors, *shape.numbers, window,
+                q, k, v, grad_out, log_sum, inner, dk, dv, *plan, *factors, *shape.numbers, window,
                 **launch_options(shape, tile), FAR=far,
             )  # fmt: skip
     return dq, dk, dv
@@ -130,7 +130,8 @@ def _add_keys(
 
 @triton.jit
 def key_gradient_kernel(
-    q, k, v, grad_out, log_sum, inner, dk, dv, until, order, offsets, scale, scale_2, queries, keys, kv_heads, window,
+    q, k, v, grad_out, log_sum, inner, dk, dv, until, order, offsets, starts, scale, scale_2, queries, keys, kv_heads,
+    window,
     GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_UNTIL: tl.constexpr, HAS_FAR: tl.constexpr, PRECISION: tl.constexpr, FAR: tl.constexpr,
@@ -138,7 +139,7 @@ def key_gradient_kernel(
     """Tensors as in `backward`. FAR: of keys that outlive their window, what comes from the queries behind it."""
     tiles = tl.cdiv(keys, BLOCK_N)
     row = tl.program_id(0) // tiles
-    until, order, offsets, _ = plan_of(row, until, order, offsets, None, keys, HAS_UNTIL)
+    until, order, offsets, starts = plan_of(row, until, order, offsets, starts, keys, HAS_UNTIL)
     j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     known = j < keys
     if FAR:

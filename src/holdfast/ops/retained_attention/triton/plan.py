@@ -21,6 +21,7 @@ KEY_BLOCK = tl.constexpr(sizes.KEY_BLOCK)
 CLASSES = tl.constexpr(sizes.CLASSES)
 # Key blocks of one program.
 _BLOCKS = tl.constexpr(8)
+OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 def make_plan(visible_until: Tensor, queries: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,10 +48,11 @@ def make_plan(visible_until: Tensor, queries: int, window: int) -> tuple[Tensor,
     latest = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     grid = (rows * triton.cdiv(blocks, _BLOCKS.value),)
     with on_device(visible_until):
-        count_kernel[grid](visible_until, *visible_until.stride(), until, counts, latest, queries, keys, kv_heads, window)
+        sizes_of = (queries, keys, kv_heads, window)
+        count_kernel[grid](visible_until, *visible_until.stride(), until, counts, latest, *sizes_of, **OPTIONS)
         offsets = counts.cumsum(dim=1, dtype=torch.int32)
         if order.numel():
-            sort_kernel[grid](until, offsets, order, queries, keys, window)
+            sort_kernel[grid](until, offsets, order, queries, keys, window, **OPTIONS)
     first_query = torch.arange(0, keys, sizes.KEY_BLOCK, dtype=torch.int32, device=device).expand(rows, -1)
     starts = torch.searchsorted(latest.cummax(dim=1).values, first_query.contiguous(), out_int32=True)
     return until, order, offsets, starts

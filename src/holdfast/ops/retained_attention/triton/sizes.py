@@ -33,24 +33,32 @@ class Tiles:
     of_keys: Tile
 
 
-# By size of shared memory ("large" from 200 KiB a block, "medium" from 160 KiB, "small" from 64 KiB), by bytes of the
-# dtype, by padded head size.
+_EXACT = {
+    64: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    128: Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+# By shared memory ("large" from 160 KiB a block; "small" from 64 KiB), by bytes of the dtype, by padded head size.
+# They are the largest that compile without a spill. Exact float32 needs the registers of a whole row of the product.
 TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "large": {
         2: {
-            64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-            128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-            256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+            64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+            128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+            256: Tiles(Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
         },
-        4: {
-            64: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-            128: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
-            256: Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+        4: _EXACT,
+    },
+    "small": {
+        2: {
+            64: Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
+            128: Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
+            256: Tiles(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
         },
+        4: _EXACT,
     },
 }
-TILES["medium"] = TILES["large"]
-TILES["small"] = TILES["large"]
 
 
 def tiles_for(kind: str, dtype: torch.dtype, dim: int) -> Tiles:
@@ -61,11 +69,11 @@ def tiles_for(kind: str, dtype: torch.dtype, dim: int) -> Tiles:
 
 @functools.cache
 def device_kind(device: torch.device) -> str:
-    """The key into `TILES` of a CUDA or ROCm device; "small" for the interpreter, which is quickest there."""
+    """The key into `TILES` of a CUDA or ROCm device; "small" for the interpreter."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
     available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "large" if available >= 200 << 10 else "medium" if available >= 160 << 10 else "small"
+    return "large" if available >= 160 << 10 else "small"
 
 
 def padded(size: int, least: int = 16) -> int:

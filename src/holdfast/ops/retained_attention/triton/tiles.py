@@ -67,8 +67,7 @@ def plan_of(row, until, order, offsets, starts, keys, HAS_UNTIL: tl.constexpr):
         until += row * keys
         order += row * keys
         offsets += row * ((CLASSES + 1) * tl.cdiv(keys, KEY_BLOCK) + 1)
-        if starts is not None:
-            starts += row * tl.cdiv(keys, KEY_BLOCK)
+        starts += row * tl.cdiv(keys, KEY_BLOCK)
     return until, order, offsets, starts
 
 
