@@ -1,4 +1,4 @@
-"""retained_attention by Triton against the dense reference: on the CPU by Triton's interpreter, on a GPU at real sizes."""
+"""retained_attention by Triton against the dense reference: by its interpreter, or on a GPU at real sizes too."""
 
 import functools
 import importlib.util
@@ -116,10 +116,10 @@ def test_halves(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "dim", "value_dim"), [(2, 6, 2, 24, 40), (1, 3, 3, 1, 5), (1, 1, 1, 256, 256)]
+    ("batch", "heads", "kv_heads", "dim", "value_dim"), [(2, 3, 1, 24, 40), (1, 2, 2, 1, 5), (1, 1, 1, 256, 256)]
 )
 def test_heads_and_dims(batch: int, heads: int, kv_heads: int, dim: int, value_dim: int) -> None:
-    inputs = tensors(70, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
+    inputs = tensors(50, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim)
     assert_like_reference(inputs, visibility("budget", inputs[1], 10, budget=5), 10)
 
 
@@ -158,6 +158,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient() -> None:
         assert bool(seeing.isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of masked scores, in the interpreter
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = tensors(100)
     with torch.no_grad():
@@ -206,7 +207,9 @@ def test_in_one_compiled_graph() -> None:
         return retained_attention(q.sin(), k, v, until, 6, backend="triton").cos()
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(outputs_and_gradients(compiled, q, k, v), outputs_and_gradients(model, q, k, v), strict=True):
+    for ours, theirs in zip(
+        outputs_and_gradients(compiled, q, k, v), outputs_and_gradients(model, q, k, v), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -250,7 +253,7 @@ def test_the_backend_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "message", "wrong"),
     [
         (TypeError, "no kernels for torch.float64", {"dtype": torch.float64}),
-        (ValueError, "at most 256 channels, not 300", {"dim": 300}),
+        (ValueError, "1 to 256 channels, not 300", {"dim": 300}),
         (ValueError, "query heads per key/value head here, not 512", {"heads": 512}),
     ],
 )

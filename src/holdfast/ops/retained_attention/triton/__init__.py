@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -19,10 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["is_available", "retained_attention_triton", "shipped_kernels", "supports"]
 
 
-@functools.cache
+_AVAILABLE = importlib.util.find_spec("triton") is not None
+
+
 def is_available() -> bool:
     """Whether Triton can be imported; it is not imported before its first use."""
-    return importlib.util.find_spec("triton") is not None
+    return _AVAILABLE
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -49,7 +50,7 @@ def retained_attention_triton(
         raise TypeError(f"backend 'triton' has no kernels for {q.dtype}: take backend 'blocked'.")
     if obstacle := _obstacle(q, k, v):
         raise ValueError(f"backend 'triton' {obstacle}: take backend 'blocked'.")
-    if q.numel() == 0 or v.shape[3] == 0:
+    if 0 in (*q.shape[:3], v.shape[3]):
         # Nothing to launch, but still a function of the inputs.
         return q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
     keys = k.shape[1]
@@ -72,12 +73,11 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor) -> str:
     dim, groups = max(q.shape[3], v.shape[3]), q.shape[2] // k.shape[2]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"has no kernels for {q.dtype}"
-    if dim > sizes.LARGEST_HEAD:
-        return f"takes heads of at most {sizes.LARGEST_HEAD} channels, not {dim}"
+    if not 0 < q.shape[3] <= dim <= sizes.LARGEST_HEAD:
+        return f"takes heads of 1 to {sizes.LARGEST_HEAD} channels, not {dim}"
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"needs a GPU (or TRITON_INTERPRET=1 before the first import of Triton), not {q.device}"
-    tiles = sizes.tiles_for(sizes.device_kind(q.device), q.dtype, dim)
-    most = min(tiles.forward.queries, tiles.of_queries.queries, tiles.of_keys.queries)
+    most = sizes.most_groups(q.dtype, dim)
     if groups > most:
         return f"takes at most {most} query heads per key/value head here, not {groups}"
     return ""

@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdfast.ops.retained_attention.triton.launch import Plan, Shape, launch_options, on_device
+from holdfast.ops.retained_attention.triton.launch import NUMBERS, Plan, Shape, launch_options, on_device
 from holdfast.ops.retained_attention.triton.plan import outlives
-from holdfast.ops.retained_attention.triton.sizes import Tile, Tiles
+from holdfast.ops.retained_attention.triton.sizes import Tiles
 from holdfast.ops.retained_attention.triton.tiles import (
     CLASSES,
     KEY_BLOCK,
     dot,
     far_keys,
     far_runs,
+    last_query,
     load_rows,
     near_tiles,
     pairs_of,
@@ -54,7 +55,19 @@ def backward(
         tile = tiles.of_queries
         grid = (shape.rows * shape.query_tiles(tile),)
         query_gradient_kernel[grid](
-            q, k, v, out, grad_out, log_sum, inner, dq, *plan, *factors, *shape.numbers, window, **launch_options(shape, tile)
+            q,
+            k,
+            v,
+            out,
+            grad_out,
+            log_sum,
+            inner,
+            dq,
+            *plan,
+            *factors,
+            *shape.numbers,
+            window,
+            **launch_options(shape, tile),
         )
         tile = tiles.of_keys
         grid = (shape.rows * shape.key_tiles(tile),)
@@ -66,7 +79,7 @@ def backward(
     return dq, dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def query_gradient_kernel(
     q, k, v, out, grad_out, log_sum, inner, dq, until, order, offsets, starts, scale, scale_2, queries, keys, kv_heads,
     window,
@@ -128,7 +141,7 @@ def _add_keys(
     return dot(grad_scores.to(k_tile.dtype), k_tile, sums, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def key_gradient_kernel(
     q, k, v, grad_out, log_sum, inner, dk, dv, until, order, offsets, starts, scale, scale_2, queries, keys, kv_heads,
     window,
@@ -203,15 +216,10 @@ def _add_queries(
 
 
 @triton.jit
-def _seen_by(
-    j, known, until, queries, keys, window, HAS_UNTIL: tl.constexpr, HAS_FAR: tl.constexpr, FAR: tl.constexpr
-):
+def _seen_by(j, known, until, queries, keys, window, HAS_UNTIL: tl.constexpr, HAS_FAR: tl.constexpr, FAR: tl.constexpr):
     """First and last query that each key is asked for, and whether the other launch asks for more of it."""
     shared = known
-    if HAS_UNTIL:
-        high = tl.load(until + j, mask=known, other=-1)
-    else:
-        high = tl.where(known, j + window, -1)
+    high = last_query(j, known, until, window, HAS_UNTIL)
     if FAR:
         low = j + window + 1
     else:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdfast.ops.retained_attention.triton.launch import Plan, Shape, launch_options, on_device
+from holdfast.ops.retained_attention.triton.launch import NUMBERS, Plan, Shape, launch_options, on_device
 from holdfast.ops.retained_attention.triton.sizes import Tile
 from holdfast.ops.retained_attention.triton.tiles import (
     dot,
@@ -25,7 +25,9 @@ from holdfast.ops.retained_attention.triton.tiles import (
 )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, window: int, scale: float, tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, window: int, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
     """Output [B, Tq, H, Dv] in the dtype of q, and base-2 log-sum-exp fp32 [B, Tq, H], +∞ where a query sees nothing.
 
     q, k and v are contiguous, and no size is 0.
@@ -40,7 +42,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, window: int, scale: flo
     return out, log_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q, k, v, out, log_sum, until, order, offsets, starts, scale, queries, keys, kv_heads, window,
     GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,

@@ -14,6 +14,9 @@ from holdfast.ops.retained_attention.triton import sizes
 Plan = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """until, order, offsets and starts of `make_plan`; four times None where keys are lost with their window."""
 
+NUMBERS = ("queries", "keys", "kv_heads", "window", "stride_b", "stride_t", "stride_h")
+"""Arguments whose values do not change the code, so that a new length compiles nothing."""
+
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device the current one, where Triton launches."""

@@ -3,6 +3,8 @@
 Triton is imported when an operator first runs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,15 +102,15 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *plan, window, scale = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
-    ctx.window, ctx.scale = window, scale  # type: ignore[attr-defined]
+    ctx.window, ctx.scale = window, scale
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 9
     return *attend_backward(grad_out, *ctx.saved_tensors, ctx.window, ctx.scale), *(None,) * 6

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from holdfast.ops.retained_attention.triton import sizes
-from holdfast.ops.retained_attention.triton.launch import on_device
+from holdfast.ops.retained_attention.triton.launch import NUMBERS, on_device
 
 KEY_BLOCK = tl.constexpr(sizes.KEY_BLOCK)
 CLASSES = tl.constexpr(sizes.CLASSES)
 # Key blocks of one program.
 _BLOCKS = tl.constexpr(8)
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+NUM_WARPS = 4
 
 
 def make_plan(visible_until: Tensor, queries: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,10 +49,12 @@ def make_plan(visible_until: Tensor, queries: int, window: int) -> tuple[Tensor,
     grid = (rows * triton.cdiv(blocks, _BLOCKS.value),)
     with on_device(visible_until):
         sizes_of = (queries, keys, kv_heads, window)
-        count_kernel[grid](visible_until, *visible_until.stride(), until, counts, latest, *sizes_of, **OPTIONS)
+        count_kernel[grid](
+            visible_until, *visible_until.stride(), until, counts, latest, *sizes_of, num_warps=NUM_WARPS
+        )
         offsets = counts.cumsum(dim=1, dtype=torch.int32)
         if order.numel():
-            sort_kernel[grid](until, offsets, order, queries, keys, window, **OPTIONS)
+            sort_kernel[grid](until, offsets, order, queries, keys, window, num_warps=NUM_WARPS)
     first_query = torch.arange(0, keys, sizes.KEY_BLOCK, dtype=torch.int32, device=device).expand(rows, -1)
     starts = torch.searchsorted(latest.cummax(dim=1).values, first_query.contiguous(), out_int32=True)
     return until, order, offsets, starts
@@ -90,7 +92,7 @@ def _program_keys(keys):
     return tl.program_id(0) // programs, block, block[:, None] * KEY_BLOCK + tl.arange(0, KEY_BLOCK)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def count_kernel(visible_until, stride_b, stride_t, stride_h, until, counts, latest, queries, keys, kv_heads, window):
     """Clamp `visible_until`, and count the keys of every class in every key block."""
     row, block, j = _program_keys(keys)
@@ -110,7 +112,7 @@ def count_kernel(visible_until, stride_b, stride_t, stride_h, until, counts, lat
     tl.store(target + CLASSES * blocks, tl.sum(cut.to(tl.int32), axis=1), mask=block < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def sort_kernel(until, offsets, order, queries, keys, window):
     """Write each key that outlives its window to its place."""
     row, block, j = _program_keys(keys)

@@ -39,14 +39,23 @@ _EXACT = {
     256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
-# By shared memory ("large" from 160 KiB a block; "small" from 64 KiB), by bytes of the dtype, by padded head size.
-# They are the largest that compile without a spill. Exact float32 needs the registers of a whole row of the product.
+# By device: "large" has matrix units that read shared memory (Hopper, data-centre Blackwell), "medium" is the A100,
+# "small" has 64 KiB of shared memory or more. Then by bytes of the dtype, and by padded head size. They are the largest
+# that compile without a spill; exact float32 holds whole rows of both factors in registers.
 TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "large": {
         2: {
             64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
             128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
-            256: Tiles(Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
+            256: Tiles(Tile(64, 16, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
+        },
+        4: _EXACT,
+    },
+    "medium": {
+        2: {
+            64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+            128: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
+            256: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
         },
         4: _EXACT,
     },
@@ -67,13 +76,21 @@ def tiles_for(kind: str, dtype: torch.dtype, dim: int) -> Tiles:
     return by_head[next(size for size in sorted(by_head) if dim <= size)]
 
 
+def most_groups(dtype: torch.dtype, dim: int) -> int:
+    """How many query heads per key/value head the tiles of every device have room for."""
+    found = (tiles_for(kind, dtype, dim) for kind in TILES)
+    return min(min(t.forward.queries, t.of_queries.queries, t.of_keys.queries) for t in found)
+
+
 @functools.cache
 def device_kind(device: torch.device) -> str:
     """The key into `TILES` of a CUDA or ROCm device; "small" for the interpreter."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "small"
-    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "large" if available >= 160 << 10 else "small"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] in (9, 10, 11):
+        return "large"
+    return "medium" if capability in ((8, 0), (8, 7)) else "small"
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -129,12 +129,15 @@ def far_keys(place, begin, end, shift, order):
 
 
 @triton.jit
+def last_query(j, known, until, window, HAS_UNTIL: tl.constexpr):
+    """The last query that sees each key; −1 for keys that are not known."""
+    return tl.load(until + j, mask=known, other=-1) if HAS_UNTIL else tl.where(known, j + window, -1)
+
+
+@triton.jit
 def visible(i, j, known, until, window, HAS_UNTIL: tl.constexpr):
     """[len(i), len(j)]: whether query i sees key j."""
-    if HAS_UNTIL:
-        last = tl.load(until + j, mask=known, other=-1)
-    else:
-        last = tl.where(known, j + window, -1)
+    last = last_query(j, known, until, window, HAS_UNTIL)
     return (j[None, :] <= i[:, None]) & (i[:, None] <= last[None, :])
 
 
