@@ -2,75 +2,38 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import os
+from typing import Any
 
 import pytest
+import retained_attention_inputs as shared
 import torch
+from retained_attention_inputs import KINDS, outputs_and_gradients
 from torch import Tensor
 
 from holdfast.ops.retained_attention import BACKENDS, FOREVER, retained_attention
 from holdfast.ops.retained_attention.triton import operators, retained_attention_triton, sizes, supports
-from holdfast.ops.retention import streaming_retention
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here, not interpreted")
 
-KINDS = ["plain", "all", "some", "budget", "documents", "pads", "random"]
+# The memory of these tests is poisoned, for which PyTorch asks every operation to be deterministic, cuBLAS's too.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tensors(
-    keys: int,
-    queries: int | None = None,
-    *,
-    batch: int = 1,
-    heads: int = 2,
-    kv_heads: int = 1,
-    dim: int = 16,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (
-        (keys if queries is None else queries, heads, dim),
-        (keys, kv_heads, dim),
-        (keys, kv_heads, value_dim or dim),
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = (torch.randn(batch, *shape, generator=generator).to(device, dtype) for shape in shapes)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+def tensors(keys: int, queries: int | None = None, **sizes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """One small row in float32 unless the sizes say otherwise, on the GPU if there is one."""
+    made = shared.tensors(keys, queries, **({"batch": 1, "kv_heads": 1, "dtype": torch.float32} | sizes))
+    q, k, v = (tensor.detach().to(DEVICE).requires_grad_() for tensor in made)
+    return q, k, v
 
 
-def visibility(kind: str, k: Tensor, window: int | None, budget: int = 11, seed: int = 0) -> Tensor | None:
-    """`visible_until` of a kind, [B, Tk, Hkv]."""
-    generator = torch.Generator().manual_seed(seed)
-    shape, width = k.shape[:3], window or 0
-    leaving = (torch.arange(shape[1]) + width)[None, :, None].expand(shape)
-    scores = torch.randn(shape, generator=generator)
-    match kind:
-        case "plain":
-            return None
-        case "all":
-            until = torch.full((*shape[:2], 1), FOREVER)
-        case "some":
-            until = torch.where(scores > 0, FOREVER, leaving)
-        case "budget":
-            until = streaming_retention(scores, budget, width, 2)
-        case "documents":  # lost inside the window as well: the ends of packed sequences
-            until = torch.minimum(torch.where(scores > 0, FOREVER, leaving), (leaving - width) // 37 * 37 + 36)
-        case "pads":
-            padded = torch.arange(shape[1])[:, None] < shape[1] // 3
-            until = torch.where(padded, -1, torch.where(scores > 0.5, FOREVER, leaving))
-        case _:
-            until = torch.randint(-3, shape[1] + 3, shape, generator=generator)
-    return until.to(k.device)
-
-
-def outputs_and_gradients(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    out = attend(*inputs)
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(out)
-    return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
+def visibility(kind: str, k: Tensor, window: int | None, budget: int = 11) -> Tensor | None:
+    until = shared.visibility(kind, k.cpu(), window, budget=budget)
+    return None if until is None else until.to(k.device)
 
 
 def assert_like_reference(
@@ -218,9 +181,8 @@ def test_the_plan_sorts_what_outlives_the_window() -> None:
     keys, queries, window = 1000, 900, 30
     generator = torch.Generator().manual_seed(3)
     until = torch.randint(-1, keys + 50, (2, keys, 2), generator=generator)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     clamped, order, offsets, starts = (
-        table.cpu() for table in operators.retention_plan(until.to(device), queries, window)
+        table.cpu() for table in operators.retention_plan(until.to(DEVICE), queries, window)
     )
     blocks = starts.shape[1]
     assert order.numel() + offsets.numel() + starts.numel() < 2 * until.numel()

@@ -65,7 +65,11 @@ TILES: dict[str, dict[int, dict[int, Tiles]]] = {
             128: Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
             256: Tiles(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
         },
-        4: _EXACT,
+        4: {
+            64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+            128: Tiles(Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)),
+            256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        },
     },
 }
 
