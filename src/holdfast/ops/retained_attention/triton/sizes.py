@@ -40,8 +40,8 @@ _EXACT = {
 }
 
 # By device: "large" has matrix units that read shared memory (Hopper, data-centre Blackwell), "medium" is the A100,
-# "small" has 64 KiB of shared memory or more. Then by bytes of the dtype, and by padded head size. All compile without a
-# spill but exact float32 with 256 channels: it holds whole rows of both factors in registers.
+# "small" has 64 KiB of shared memory or more. Then by bytes of the dtype, and by padded head size. All compile without
+# a spill but exact float32 with 256 channels: it holds whole rows of both factors in registers.
 TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "large": {
         2: {
