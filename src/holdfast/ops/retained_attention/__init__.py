@@ -7,6 +7,7 @@ from torch import Tensor
 
 from holdfast.ops.retained_attention.blocked import retained_attention_blocked
 from holdfast.ops.retained_attention.reference import retained_attention_reference
+from holdfast.ops.retained_attention.triton import is_available, retained_attention_triton, supports
 from holdfast.ops.retention import FOREVER
 
 __all__ = ["BACKENDS", "FOREVER", "retained_attention"]
@@ -16,7 +17,11 @@ Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None, float], T
 BACKENDS: dict[str, Backend] = {
     "reference": retained_attention_reference,
     "blocked": retained_attention_blocked,
+    "triton": retained_attention_triton,
 }
+
+# For so few, fused attention over all keys is quicker than finding out which of them are visible.
+_FEW_QUERIES = 16
 
 
 def retained_attention(
@@ -55,7 +60,9 @@ def retained_attention(
             the key. `FOREVER` for one that is never lost, −1 for one that is never seen.
         window: at least 0.
         scale: factor on the scores before the softmax; D^-½ if None.
-        backend: "reference" or "blocked"; None takes the fastest.
+        backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
+            where Triton is installed and has kernels for these dtypes and sizes (bfloat16, float16, float32; D ≤ 256),
+            but for plain causal attention and up to 16 queries, which PyTorch's fused attention serves; else blocked.
 
     Returns:
         [B, Tq, H, Dv] in the dtype of q. Scores, softmax and sums are in fp32, or in fp64 for fp64; under autocast too.
@@ -63,9 +70,11 @@ def retained_attention(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, window or backend does not fit.
+        ImportError: backend "triton" without Triton.
 
-    With "blocked", O(Tq·(window + kept)) time and O(Tk) memory for both passes, where kept is the largest number, over
-    sequences and heads, of keys alive at once outside the window.
+    But for "reference", O(Tq·(window + kept)) time and O(Tk) memory for both passes, where kept is the largest number,
+    over sequences and heads, of keys alive at once outside the window. Gradients of "triton" are deterministic, and it
+    never waits for the device; `torch.set_float32_matmul_precision` decides whether it may multiply float32 in TF32.
     """
     visible_until = _check(q, k, v, visible_until, window)
     if backend is not None and backend not in BACKENDS:
@@ -73,7 +82,15 @@ def retained_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Autocast would lower the scores to 16 bits.
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend or "blocked"](q, k, v, visible_until, window, scale)
+        return BACKENDS[backend or _fastest(q, k, v, visible_until, window)](q, k, v, visible_until, window, scale)
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None) -> str:
+    """The backend for these inputs."""
+    plain = visible_until is None and q.shape[1] == k.shape[1] and (window is None or window >= k.shape[1] - 1)
+    if not q.is_cuda or plain or q.shape[1] <= _FEW_QUERIES:
+        return "blocked"
+    return "triton" if is_available() and supports(q, k, v) else "blocked"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None) -> Tensor | None:

@@ -1,0 +1,76 @@
+"""The kernels in the forms in which they are launched for published models, for compiling without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from holdfast.ops.kernels import ShippedKernel
+from holdfast.ops.retained_attention.triton import backward, forward, plan, sizes
+from holdfast.ops.retained_attention.triton.launch import Shape, precision
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# float16 takes the tiles and the instructions of bfloat16. Exact float32 with larger heads works, but spills.
+_HEADS = {torch.bfloat16: (64, 128, 256), torch.float32: (64, 128)}
+_TARGETS = {"large": ("sm_90", "sm_100"), "medium": ("sm_80",), "small": ("gfx942",)}
+# Query heads per key/value head; they share a tile, so that other numbers change no more than indices.
+_GROUPS = 4
+
+_INDICES = dict.fromkeys(("until", "order", "offsets", "starts"), "*i32")
+_NUMBERS = dict.fromkeys(("queries", "keys", "kv_heads", "window"), "i32")
+
+
+def shipped_kernels() -> Iterator[ShippedKernel]:
+    yield from _plan_kernels()
+    for kind, targets in _TARGETS.items():
+        for dtype, heads in _HEADS.items():
+            for dim in heads:
+                yield from _attention_kernels(kind, targets, dtype, dim)
+
+
+def _plan_kernels() -> Iterator[ShippedKernel]:
+    tables = dict.fromkeys(("until", "counts", "latest"), "*i32")
+    strides = dict.fromkeys(("stride_b", "stride_t", "stride_h"), "i32")
+    yield ShippedKernel(
+        "retained_attention/plan/count",
+        plan.count_kernel,
+        {"visible_until": "*i64", **strides, **tables, **_NUMBERS},
+        {},
+        num_warps=plan.NUM_WARPS,
+        num_stages=3,
+    )
+    tables = dict.fromkeys(("until", "offsets", "order"), "*i32")
+    numbers = {name: _NUMBERS[name] for name in ("queries", "keys", "window")}
+    yield ShippedKernel(
+        "retained_attention/plan/sort",
+        plan.sort_kernel,
+        {**tables, **numbers},
+        {},
+        num_warps=plan.NUM_WARPS,
+        num_stages=3,
+    )
+
+
+def _attention_kernels(kind: str, targets: tuple[str, ...], dtype: torch.dtype, dim: int) -> Iterator[ShippedKernel]:
+    tiles = sizes.tiles_for(kind, dtype, dim)
+    shape = Shape(1, 4096, 4096, 4, _GROUPS, dim, dim, has_until=True, has_far=True, precision=precision(dtype))
+
+    def shipped(name: str, kernel: Any, tile: sizes.Tile, scalars: tuple[str, ...], **constants: Any) -> ShippedKernel:
+        constexprs = shape.constants(tile) | constants
+        pointers = dict.fromkeys(("log_sum", "inner"), "*fp32") | _INDICES
+        numbers = dict.fromkeys(scalars, "fp32") | _NUMBERS
+        signature = {
+            argument: numbers.get(argument) or pointers.get(argument) or f"*{_DTYPES[dtype]}"
+            for argument in kernel.arg_names
+            if argument not in constexprs
+        }
+        label = f"retained_attention/{name}/{_DTYPES[dtype]}/{dim}"
+        return ShippedKernel(label, kernel, signature, constexprs, tile.num_warps, tile.num_stages, targets)
+
+    scalars = ("scale", "scale_2")
+    yield shipped("forward", forward.forward_kernel, tiles.forward, scalars)
+    yield shipped("query_gradient", backward.query_gradient_kernel, tiles.of_queries, scalars)
+    for name, far in (("far", True), ("near", False)):
+        yield shipped(f"key_gradient_{name}", backward.key_gradient_kernel, tiles.of_keys, scalars, FAR=far)
