@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+import triton_interpreter  # noqa: F401  # before anything that imports Triton
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.mixers import LearnedEviction
 
