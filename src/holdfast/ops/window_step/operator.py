@@ -73,9 +73,7 @@ def _obstacle(q: Tensor, slots: Slots) -> str:
     return ""
 
 
-@torch.library.custom_op(
-    "holdfast::window_step", mutates_args=("keys", "values", "seen", "scores", "positions")
-)
+@torch.library.custom_op("holdfast::window_step", mutates_args=("keys", "values", "seen", "scores", "positions"))
 def _window_step(
     q: Tensor,
     key: Tensor,

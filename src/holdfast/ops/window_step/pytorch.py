@@ -37,9 +37,7 @@ def window_step_pytorch(
     return _attend(q, slots, scale)
 
 
-def _store_score(
-    scores: Tensor, slots: Slots, score: Tensor, batch: Tensor, real: Tensor | None, delay: int
-) -> None:
+def _store_score(scores: Tensor, slots: Slots, score: Tensor, batch: Tensor, real: Tensor | None, delay: int) -> None:
     position = slots.seen - delay
     slot = slots.budget + position % slots.ring_size
     exists = position >= 0 if real is None else (position >= 0) & real
