@@ -50,7 +50,7 @@ def store_kernel(
     begin = zero
     for index in range(length):
         j = zero + index
-        if HAS_STARTS:
+        if HAS_STARTS:  # noqa: SIM102  # decided when compiling, the other when running
             if tl.load(starts + batch * length + j):
                 stored, held = vacant, nobody
                 lowest = tl.min(vacant, axis=0)

@@ -61,6 +61,67 @@ def _target(scores, positions, own, row, count, BUDGET: tl.constexpr, BUDGET_BLO
 
 
 @triton.jit
+def _rows(rows, new, source, held, is_new, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[len(source), BLOCK_DIM]: the rows that are held, 0 elsewhere, and the new row in its place."""
+    d = tl.arange(0, BLOCK_DIM)
+    known = (held & (is_new == 0))[:, None] & (d < DIM)[None, :]
+    old = tl.load(rows + source[:, None] * DIM + d[None, :], mask=known, other=0.0)
+    return tl.where(is_new[:, None], new[None, :], old)
+
+
+@triton.jit
+def _attend(
+    query,
+    new_key,
+    new_value,
+    keys,
+    values,
+    positions,
+    row,
+    split,
+    count,
+    new,
+    target,
+    scale,
+    BUDGET: tl.constexpr,
+    RING: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Mean [G, D] of the values in TILES tiles of slots, and the logarithm [G], base 2, of the sum of the weights."""
+    place = (BUDGET + count % RING).to(tl.int32)
+    highest = tl.full([query.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([query.shape[0]], tl.float32)
+    mean = tl.zeros(query.shape, tl.float32)
+    for tile in range(TILES):
+        n = (split * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        held = (n >= BUDGET) & (n < BUDGET + RING) & (n - BUDGET < count + new)
+        if BUDGET > 0:
+            stored = tl.load(positions + row * BUDGET + n, mask=n < BUDGET, other=-1)
+            held = held | (stored >= 0) | (n == target)
+        is_new = (n == place) & (new > 0)
+        source = row * (BUDGET + RING) + tl.where(n == target, place, n)
+        k = _rows(keys, new_key, source, held, is_new, DIM, BLOCK_DIM)
+        v = _rows(values, new_value, source, held, is_new, DIM, BLOCK_DIM)
+        logits = _dot(query, tl.trans(k.to(query.dtype)), PRECISION) * scale
+        logits = tl.where(held[None, :], logits, float("-inf"))
+        rising = tl.maximum(highest, tl.max(logits, axis=1))
+        base = tl.where(rising == float("-inf"), 0.0, rising)
+        weights = tl.exp2(logits - base[:, None])
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights, axis=1)
+        mean = mean * decay[:, None] + _dot(weights.to(query.dtype), v.to(query.dtype), PRECISION)
+        highest = rising
+
+    empty = total == 0.0
+    mean = mean / tl.where(empty, 1.0, total)[:, None]
+    return mean, tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@triton.jit
 def attend_kernel(
     q,
     key,
@@ -100,9 +161,8 @@ def attend_kernel(
     new = 1
     if HAS_REAL:
         new = tl.load(real + row // kv_heads).to(tl.int32)
-    place = (BUDGET + count % RING).to(tl.int32)
     target = -1
-    if BUDGET > 0:
+    if BUDGET > 0:  # noqa: SIM102  # decided when compiling, the other when running
         if split * TILES * BLOCK_N < BUDGET:
             own = _leaving_score(score, scores, row, count, BUDGET, RING, DELAY, sinks)
             chosen = _target(scores, positions, own, row, count, BUDGET, BUDGET_BLOCK, RING)
@@ -116,36 +176,61 @@ def attend_kernel(
     query = tl.load(q + (row * GROUPS + g)[:, None] * DIM + d[None, :], mask=heads, other=0.0)
     new_key = tl.load(key + row * DIM + d, mask=d < DIM, other=0.0).to(keys.dtype.element_ty)
     new_value = tl.load(value + row * DIM + d, mask=d < DIM, other=0.0).to(values.dtype.element_ty)
-    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    mean = tl.zeros([GROUP_BLOCK, BLOCK_DIM], tl.float32)
-    for tile in range(TILES):
-        n = (split * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-        held = (n >= BUDGET) & (n < BUDGET + RING) & (n - BUDGET < count + new)
-        if BUDGET > 0:
-            stored = tl.load(positions + row * BUDGET + n, mask=n < BUDGET, other=-1)
-            held = held | (stored >= 0) | (n == target)
-        is_new = (n == place) & (new > 0)
-        source = (row * (BUDGET + RING) + tl.where(n == target, place, n))[:, None] * DIM + d[None, :]
-        known = (held & (is_new == 0))[:, None] & (d < DIM)[None, :]
-        k = tl.where(is_new[:, None], new_key[None, :], tl.load(keys + source, mask=known, other=0.0))
-        v = tl.where(is_new[:, None], new_value[None, :], tl.load(values + source, mask=known, other=0.0))
-        logits = _dot(query, tl.trans(k.to(query.dtype)), PRECISION) * scale
-        logits = tl.where(held[None, :], logits, float("-inf"))
-        rising = tl.maximum(highest, tl.max(logits, axis=1))
-        base = tl.where(rising == float("-inf"), 0.0, rising)
-        weights = tl.exp2(logits - base[:, None])
-        decay = tl.exp2(highest - base)
-        total = total * decay + tl.sum(weights, axis=1)
-        mean = mean * decay[:, None] + _dot(weights.to(query.dtype), v.to(query.dtype), PRECISION)
-        highest = rising
-
-    empty = total == 0.0
-    mean = mean / tl.where(empty, 1.0, total)[:, None]
+    mean, log_sum = _attend(
+        query,
+        new_key,
+        new_value,
+        keys,
+        values,
+        positions,
+        row,
+        split,
+        count,
+        new,
+        target,
+        scale,
+        BUDGET,
+        RING,
+        DIM,
+        BLOCK_DIM,
+        BLOCK_N,
+        TILES,
+        PRECISION,
+    )
     part = (row * tl.num_programs(1) + split) * GROUPS + g
     tl.store(parts + part[:, None] * DIM + d[None, :], mean, mask=heads)
-    log_sum = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(log_sums + part, log_sum, mask=g < GROUPS)
+
+
+@triton.jit
+def _merge(
+    parts,
+    log_sums,
+    out,
+    row,
+    GROUPS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+):
+    """The mean of the parts of one row, each weighted by its sum, into out [B, H, D]."""
+    g, d, s = tl.arange(0, GROUP_BLOCK), tl.arange(0, BLOCK_DIM), tl.arange(0, SPLIT_BLOCK)
+    heads = (g < GROUPS)[:, None] & (d < DIM)[None, :]
+    first = row * SPLITS * GROUPS
+    known = (s < SPLITS)[:, None] & (g < GROUPS)[None, :]
+    logs = tl.load(log_sums + first + s[:, None] * GROUPS + g[None, :], mask=known, other=float("-inf"))
+    highest = tl.max(logs, axis=0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(logs - highest[None, :]), axis=0)
+    mean = tl.zeros([GROUP_BLOCK, BLOCK_DIM], tl.float32)
+    for split in range(SPLITS):
+        part = first + split * GROUPS + g
+        weight = tl.exp2(tl.load(log_sums + part, mask=g < GROUPS, other=float("-inf")) - highest)
+        mean += weight[:, None] * tl.load(parts + part[:, None] * DIM + d[None, :], mask=heads, other=0.0)
+    mean = mean / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + (row * GROUPS + g)[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=heads)
 
 
 @triton.jit
@@ -177,23 +262,8 @@ def write_kernel(
     HAS_REAL: tl.constexpr,
 ):
     """Merge the parts of one row into out [B, H, D] and write what the step changes in its slots."""
-    row = tl.program_id(0).to(tl.int64)
-    g, d, s = tl.arange(0, GROUP_BLOCK), tl.arange(0, BLOCK_DIM), tl.arange(0, SPLIT_BLOCK)
-    heads = (g < GROUPS)[:, None] & (d < DIM)[None, :]
-    first = row * SPLITS * GROUPS
-    known = (s < SPLITS)[:, None] & (g < GROUPS)[None, :]
-    logs = tl.load(log_sums + first + s[:, None] * GROUPS + g[None, :], mask=known, other=float("-inf"))
-    highest = tl.max(logs, axis=0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(logs - highest[None, :]), axis=0)
-    mean = tl.zeros([GROUP_BLOCK, BLOCK_DIM], tl.float32)
-    for split in range(SPLITS):
-        part = first + split * GROUPS + g
-        weight = tl.exp2(tl.load(log_sums + part, mask=g < GROUPS, other=float("-inf")) - highest)
-        mean += weight[:, None] * tl.load(parts + part[:, None] * DIM + d[None, :], mask=heads, other=0.0)
-    mean = mean / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + (row * GROUPS + g)[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=heads)
-
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DIM)
+    _merge(parts, log_sums, out, row, GROUPS, GROUP_BLOCK, DIM, BLOCK_DIM, SPLITS, SPLIT_BLOCK)
     target, count = tl.load(plan + 2 * row), tl.load(plan + 2 * row + 1)
     new = 1
     if HAS_REAL:
@@ -339,4 +409,4 @@ def _shipped(
         }
         kind = "attend" if kernel is attend_kernel else "write"
         label = f"window_step/{kind}/{name}/{dim}/budget {budget}/splits {splits}"
-        yield ShippedKernel(label, kernel, signature, fixed, **options)
+        yield ShippedKernel(label, kernel, signature, fixed, options["num_warps"], options["num_stages"])
