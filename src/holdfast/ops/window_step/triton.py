@@ -152,10 +152,7 @@ def attend_kernel(
     HAS_REAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """TILES tiles of one row's slots: parts [rows, splits, G, D] and log_sums [rows, splits, G], base 2, both fp32.
-
-    plan [rows, 2] int64 gets, of each row, the slot of `_target` and the tokens seen so far.
-    """
+    """One row's parts [rows, splits, G, D] and log_sums [rows, splits, G]; plan [rows, 2] gets `_target` and seen."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(seen + row // kv_heads)
     new = 1
@@ -165,8 +162,8 @@ def attend_kernel(
     if BUDGET > 0:  # noqa: SIM102  # decided when compiling, the other when running
         if split * TILES * BLOCK_N < BUDGET:
             own = _leaving_score(score, scores, row, count, BUDGET, RING, DELAY, sinks)
-            chosen = _target(scores, positions, own, row, count, BUDGET, BUDGET_BLOCK, RING)
-            target = tl.where(new > 0, chosen, -1)
+            target = _target(scores, positions, own, row, count, BUDGET, BUDGET_BLOCK, RING)
+            target = tl.where(new > 0, target, -1)
     if split == 0:
         tl.store(plan + 2 * row, target)
         tl.store(plan + 2 * row + 1, count)
@@ -177,26 +174,9 @@ def attend_kernel(
     new_key = tl.load(key + row * DIM + d, mask=d < DIM, other=0.0).to(keys.dtype.element_ty)
     new_value = tl.load(value + row * DIM + d, mask=d < DIM, other=0.0).to(values.dtype.element_ty)
     mean, log_sum = _attend(
-        query,
-        new_key,
-        new_value,
-        keys,
-        values,
-        positions,
-        row,
-        split,
-        count,
-        new,
-        target,
-        scale,
-        BUDGET,
-        RING,
-        DIM,
-        BLOCK_DIM,
-        BLOCK_N,
-        TILES,
-        PRECISION,
-    )
+        query, new_key, new_value, keys, values, positions, row, split, count, new, target, scale,
+        BUDGET, RING, DIM, BLOCK_DIM, BLOCK_N, TILES, PRECISION,
+    )  # fmt: skip
     part = (row * tl.num_programs(1) + split) * GROUPS + g
     tl.store(parts + part[:, None] * DIM + d[None, :], mean, mask=heads)
     tl.store(log_sums + part, log_sum, mask=g < GROUPS)
