@@ -138,7 +138,7 @@ def _inspect_nvidia(asm: Any) -> tuple[int, int, Counter[str]]:
         usage = _output(str(tools / "cuobjdump"), "--dump-resource-usage", str(binary))
         code = _output(str(tools / "nvdisasm"), "-c", str(binary)) if (tools / "nvdisasm").is_file() else ""
     # Triton's programs have no arrays of their own: what lies on the stack was spilled.
-    registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[0]) for field in ("REG", "STACK"))
+    registers, stack = (max(map(int, re.findall(rf"{field}:(\d+)", usage))) for field in ("REG", "STACK"))
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
     return registers, stack, Counter(names)
 
