@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
 from holdfast.mixers.layout import TokenLayout, gapped_columns
 from holdfast.mixers.scorers import ConvScorer, receptive_field
-from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, attend_slots, confine, gather_rows
+from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
 from holdfast.mixers.window_state import WindowState
 from holdfast.ops.retained_attention import retained_attention
@@ -158,10 +158,10 @@ class LearnedEviction(SoftmaxAttention):
         age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)
         valid = (layout.seen + layout.num_real - 1).unsqueeze(1) + age >= 0
         score = self.router(tail, valid)[:, 0]
-        state.push(k[:, 0], v[:, 0], score, self.options.sinks, layout)
+        out = state.step(q[:, 0], k[:, 0], v[:, 0], score, self.options.sinks, layout)
         state.tail.copy_(tail[:, 1:])
         pending = score.new_full((score.shape[0], 1, score.shape[1]), torch.nan) if reach else score.unsqueeze(1)
-        return MixerOutput(self.output(attend_slots(q, state)), pending)
+        return MixerOutput(self.output(out.unsqueeze(1)), pending)
 
     def _teaching(self, v: Tensor, scores: Tensor) -> Tensor:
         """The values, unchanged; their gradients also reach the scores where the scores decide something."""

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
 from holdfast.mixers.layout import TokenLayout, pads_first
 from holdfast.mixers.state import MixerState, TensorSpec
-from holdfast.mixers.window_state import EMPTY, PastRows, WindowState
+from holdfast.mixers.window_state import PastRows, WindowState
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER
 from holdfast.ops.rotary import apply_rotary
+from holdfast.ops.window_step import EMPTY
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class SlidingAttention(SoftmaxAttention):
             visible_until = within_window(k.shape[1], window, layout)
             return MixerOutput(self.output(retained_attention(q, k, v, visible_until, window)))
         if layout.length == 1 and not layout.fresh:
-            state.push(k[:, 0], v[:, 0], None, 0, layout)
-            return MixerOutput(self.output(attend_slots(q, state)))
+            return MixerOutput(self.output(state.step(q[:, 0], k[:, 0], v[:, 0], None, 0, layout).unsqueeze(1)))
         rows = gather_rows(k, v, None, layout, state)
         visible_until = None
         if not layout.fresh or layout.real is not None:
@@ -203,16 +202,6 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
             scores = torch.where((index < pads.unsqueeze(1)).unsqueeze(2), latest, scores)
         joined = torch.cat([joined[:, : -scores.shape[1]], scores], dim=1)
     return PastRows(join(past.keys, k), join(past.values, v), joined, join(past.positions, positions))
-
-
-def attend_slots(q: Tensor, state: WindowState) -> Tensor:
-    """Attention of one query per row, q [B, 1, H, D], over the slots of a state. O(budget + window) time."""
-    batch, _, heads, dim = q.shape
-    groups = q.view(batch, state.num_kv_heads, heads // state.num_kv_heads, dim)  # the group takes the place of time
-    visible = state.visible_slots().unsqueeze(2)
-    keys, values = state.keys.to(q.dtype), state.values.to(q.dtype)
-    out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible)
-    return out.view(batch, 1, heads, dim)
 
 
 class FullState(MixerState):

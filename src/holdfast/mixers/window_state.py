@@ -9,9 +9,7 @@ from torch import Tensor
 
 from holdfast.mixers.layout import TokenLayout, pads_first
 from holdfast.mixers.state import MixerState, TensorSpec
-
-EMPTY = -1
-"""Position of an empty slot of the store."""
+from holdfast.ops.window_step import EMPTY, Slots, ring_positions, window_step
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,7 @@ class WindowState(MixerState):
 
     def ring_positions(self) -> Tensor:
         """[B, window + 1] int64: the position in each ring slot; negative where the slot is still empty."""
-        slot = torch.arange(self.ring_size, device=self.seen.device)
-        last = self.seen.unsqueeze(1) - 1
-        return last - (last - slot) % self.ring_size
-
-    def visible_slots(self) -> Tensor:
-        """[B, Hkv or 1, slots] bool: slots that hold a pair."""
-        ring = (self.ring_positions() >= 0).unsqueeze(1)
-        if not self.budget:
-            return ring
-        return torch.cat([self.positions >= 0, ring.expand(-1, self.num_kv_heads, -1)], dim=2)
+        return ring_positions(self.seen, self.ring_size)
 
     def past_rows(self) -> PastRows:
         """All slots in the order of their positions, empty ones first. O(budget + window) time, a copy."""
@@ -146,54 +135,22 @@ class WindowState(MixerState):
         joined = torch.cat([self.tail, features], dim=1)
         return pads_first(joined, self.receptive_field - 1, layout.num_pads)
 
-    def push(self, key: Tensor, value: Tensor, score: Tensor | None, sinks: int, layout: TokenLayout) -> None:
-        """Advance by one token per row, in place. O(budget) time.
+    def step(
+        self, q: Tensor, key: Tensor, value: Tensor, score: Tensor | None, sinks: int, layout: TokenLayout
+    ) -> Tensor:
+        """Advance by one token per row, in place, and attend over what is then held. O(budget + window) time.
 
         Args:
-            key, value: [B, Hkv, D] of the new token.
+            q: [B, H, D]. key, value: [B, Hkv, D] of the new token.
             score: [B, Hkv] fp32, the score that has just become final: that of the token R // 2 before the new one.
             sinks: the first tokens of a sequence, never dropped.
+
+        Returns:
+            [B, H, D].
         """
-        batch = torch.arange(key.shape[0], device=key.device)
-        slot = self.budget + self.seen % self.ring_size
-        real = None if layout.real is None else layout.real[:, 0]
+        slots = Slots(self.keys, self.values, self.seen)
         if self.budget:
-            assert score is not None
-            # The final score may be the leaving pair's, which is decided by it; but one without future context is the
-            # new token's, and its slot is still the leaving pair's.
-            if self.receptive_field > 1:
-                self._store_score(score, batch, real)
-            self._retire(batch, slot, sinks, real)
-            if self.receptive_field == 1:
-                self._store_score(score, batch, real)
-        for tensor, new in ((self.keys, key), (self.values, value)):
-            if real is not None:
-                new = torch.where(real[:, None, None], new, tensor[batch, :, slot])
-            tensor[batch, :, slot] = new.to(tensor.dtype)
-        self.seen.add_(layout.num_real)
-
-    def _store_score(self, score: Tensor, batch: Tensor, real: Tensor | None) -> None:
-        position = self.seen - self.receptive_field // 2
-        slot = self.budget + position % self.ring_size
-        exists = position >= 0 if real is None else (position >= 0) & real
-        self.scores[batch, :, slot] = torch.where(exists[:, None], score, self.scores[batch, :, slot])
-
-    def _retire(self, batch: Tensor, slot: Tensor, sinks: int, real: Tensor | None) -> None:
-        """Move the pair in ring slot `slot` [B], which leaves the window, into the store if it is worth it."""
-        position = self.seen - self.ring_size  # [B] of the leaving pair
-        leaving = position >= 0 if real is None else (position >= 0) & real
-        score = self.scores[batch, :, slot]
-        score = torch.where((position < sinks)[:, None], torch.inf, score)
-        stored = self.scores[:, :, : self.budget]
-        lowest = stored.amin(dim=2)
-        # Of several lowest the latest goes: at equal scores the earlier pair has the right to stay.
-        age = torch.where(stored == lowest.unsqueeze(2), self.positions, EMPTY - 1)
-        target = age.argmax(dim=2, keepdim=True)  # [B, Hkv, 1]
-        enters = ((score > 0) & (score > lowest) & leaving[:, None]).unsqueeze(2)
-        for tensor, new in ((self.scores, score), (self.positions, position[:, None].expand_as(score).int())):
-            old = tensor.gather(2, target)
-            tensor.scatter_(2, target, torch.where(enters, new.unsqueeze(2), old))
-        wide = target.unsqueeze(3).expand(-1, -1, -1, self.head_dim)
-        for tensor in (self.keys, self.values):
-            new, old = tensor[batch, :, slot].unsqueeze(2), tensor.gather(2, wide)
-            tensor.scatter_(2, wide, torch.where(enters.unsqueeze(3), new, old))
+            slots = Slots(self.keys, self.values, self.seen, self.scores, self.positions)
+        real = None if layout.real is None else layout.real[:, 0]
+        delay = self.receptive_field // 2
+        return window_step(q, key, value, slots, score=score, real=real, sinks=sinks, delay=delay)

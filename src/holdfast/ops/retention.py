@@ -7,7 +7,9 @@
 import bisect
 import functools
 import heapq
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,10 +22,18 @@ FOREVER = 1 << 62
 
 # Below this many scores, starting threads costs more than it saves.
 _THREADED_SIZE = 1 << 17
+# Larger stores do not fit in the registers of one program.
+_LARGEST_TRITON_BUDGET = 8192
 
 
 def streaming_retention(
-    scores: Tensor, budget: int | None, window: int, sinks: int = 0, *, starts: Tensor | None = None
+    scores: Tensor,
+    budget: int | None,
+    window: int,
+    sinks: int = 0,
+    *,
+    starts: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Say until when each key stays visible, given its score and a store of `budget` slots per head.
 
@@ -42,21 +52,28 @@ def streaming_retention(
         starts: bool [B, T], true where a new sequence begins in a packed row. The store is emptied there and the sinks
             are counted from there. The keys of the sequence before keep what they had: the caller caps their
             `visible_until` at the end of their sequence.
+        backend: "numba" (on the CPU) or "triton" (CUDA and ROCm, 1 ≤ budget ≤ 8192). None takes triton on a GPU where
+            it is installed and the budget fits; else numba.
 
     Returns:
         int64 [B, T, Hkv] on the device of `scores`.
 
     Raises:
         TypeError: scores are not floating, or starts are not bool.
-        ValueError: a shape, a negative number, or more sinks than slots.
+        ValueError: a shape, a negative number, more sinks than slots, or a backend that does not fit.
+        ImportError: backend "triton" without Triton.
 
-    O(T log budget) time per sequence and head, in parallel over them, and O(T + budget) memory. Scores on another
-    device are copied to the host and the answer back, so the call waits for that device. Without a budget nothing is
-    copied: one comparison per score, on the device.
+    O(T log budget) time per sequence and head with numba, O(T + entries·budget) with triton, in parallel over them, and
+    O(T + budget) memory. With numba, scores on another device are copied to the host and the answer back, so the call
+    waits for that device; triton never does. Without a budget there is nothing to run: one comparison per score.
     """
     _check(scores, budget, window, sinks, starts)
+    if backend not in (None, "numba", "triton"):
+        raise ValueError(f"backend {backend!r} does not exist: choose 'numba' or 'triton'.")
     scores = scores.detach()
     if budget is not None:
+        if backend == "triton" or (backend is None and scores.is_cuda and not _triton_obstacle(scores, budget)):
+            return _on_device(scores, budget, window, sinks, starts)
         return torch.ops.holdfast.streaming_retention(scores, budget, window, sinks, starts)
     position = torch.arange(scores.shape[1], device=scores.device)[:, None]
     age = position if starts is None else position - _last_start(starts)[..., None]
@@ -123,6 +140,44 @@ def _last_start(starts: Tensor) -> Tensor:
     """Index of the latest beginning at or before each position, [B, T]."""
     position = torch.arange(starts.shape[1], device=starts.device)
     return torch.where(starts, position, 0).cummax(dim=1).values
+
+
+def _triton_obstacle(scores: Tensor, budget: int) -> str:
+    """Why Triton cannot run this store; empty if it can."""
+    if not 1 <= budget <= _LARGEST_TRITON_BUDGET:
+        return f"takes budgets from 1 to {_LARGEST_TRITON_BUDGET}, not {budget}"
+    if not _has_triton():
+        return "needs Triton to be installed"
+    if not scores.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"needs a GPU (or TRITON_INTERPRET=1 before the first import of Triton), not {scores.device}"
+    return ""
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_device(scores: Tensor, budget: int, window: int, sinks: int, starts: Tensor | None) -> Tensor:
+    if obstacle := _triton_obstacle(scores, budget):
+        kind = ValueError if _has_triton() else ImportError
+        raise kind(f"backend 'triton' {obstacle}: take backend 'numba'.")
+    return torch.ops.holdfast.streaming_retention_on_device(scores, budget, window, sinks, starts)
+
+
+@torch.library.custom_op("holdfast::streaming_retention_on_device", mutates_args=())
+def _streaming_retention_on_device(
+    scores: Tensor, budget: int, window: int, sinks: int, starts: Tensor | None
+) -> Tensor:
+    from holdfast.ops.retention_triton import run_store  # when first used: it imports Triton
+
+    ranked = scores if scores.dtype == torch.float64 else scores.float()
+    return run_store(ranked, budget, window, sinks, starts)
+
+
+@_streaming_retention_on_device.register_fake
+def _(scores: Tensor, budget: int, window: int, sinks: int, starts: Tensor | None) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
 
 
 @torch.library.custom_op("holdfast::streaming_retention", mutates_args=())
