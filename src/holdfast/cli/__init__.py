@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
     "convert": "Rewrite a checkpoint in this library's or in the published format.",
     "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
+    "bench": "Measure time and memory beside other implementations, and draw the results.",
     "demo": "Train four small models on this machine and compare what they remember.",
 }
 
