@@ -21,6 +21,7 @@ from transformers import (
 from holdfast.bench.settings import ModelSettings, SizeName
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
+from holdfast.data.progress import track
 from holdfast.info import flops_per_token
 from holdfast.modeling import HybridForCausalLM
 
@@ -86,6 +87,8 @@ class Contender(ABC):
 
     name: str
     model: Any
+    filling: str
+    """How `filled_caches` does it, in words."""
 
     @property
     def parameters(self) -> int:
@@ -109,9 +112,6 @@ class Contender(ABC):
     @abstractmethod
     def flops(self, context: int) -> int:
         """Operations of one forward token that sees `context` tokens, the head included."""
-
-    filling: str
-    """How `filled_caches` does it, in words."""
 
     def flops_of_sequence(self, length: int) -> int:
         """Operations of the forward pass of a sequence: each token sees itself and those before it.
@@ -163,7 +163,8 @@ class Holdfast(Contender):
         caches: dict[int, HybridCache] = {}
         reader = self.empty_cache()
         for context in sorted(set(contexts)):
-            for ids in self.random_ids(batch_size, context - (reader.columns if caches else 0)).split(chunk, dim=1):
+            rest = self.random_ids(batch_size, context - (reader.columns if caches else 0))
+            for ids in track(rest.split(chunk, dim=1), f"reading {context:,} tokens"):
                 self.read(ids, reader)
             caches[context] = self.empty_cache()
             caches[context].restore(reader.snapshot())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from holdfast.ops.norms import l2_norm
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import streaming_retention
 
-__all__ = ["AttentionSize", "run_ops"]
+__all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops"]
 
 BUDGET, UNCAPPED, CAUSAL, FLEX = "holdfast, budget", "holdfast, uncapped", "SDPA, causal", "flex attention"
 PASSES = {"forward": False, "forward + backward": True}
@@ -77,7 +78,7 @@ class AttentionSize:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class AttentionInputs:
     """q, k, v and the gradient of the output by time [B, T, heads, D], and scores [B, T, Hkv]."""
 
     size: AttentionSize
@@ -86,18 +87,6 @@ class _Inputs:
     v: Tensor
     grad: Tensor
     scores: Tensor
-
-    @classmethod
-    def random(cls, size: AttentionSize) -> _Inputs:
-        generator = torch.Generator().manual_seed(size.seed)
-
-        def draw(heads: int) -> Tensor:
-            numbers = torch.randn(size.batch, size.tokens, heads, size.head_dim, generator=generator)
-            return numbers.to(size.device, size.dtype)
-
-        q, k, v, grad = draw(size.heads), draw(size.kv_heads), draw(size.kv_heads), draw(size.heads)
-        scores = torch.randn(size.batch, size.tokens, size.kv_heads, generator=generator).to(size.device)
-        return cls(size, q, k, v, grad, scores)
 
     def visible_until(self, name: str) -> Tensor:
         """With a budget every positive score competes for the slots; without one, `kept` keys per head score above 0
@@ -119,7 +108,20 @@ class _Inputs:
         return int((until - first + 1).sum()) * (size.heads // size.kv_heads)
 
 
-def _attention_work(name: str, inputs: _Inputs, backward: bool) -> Callable[[], object]:
+def random_inputs(size: AttentionSize) -> AttentionInputs:
+    """Standard normal numbers, the same for the same size and seed on every device."""
+    generator = torch.Generator().manual_seed(size.seed)
+
+    def draw(heads: int) -> Tensor:
+        numbers = torch.randn(size.batch, size.tokens, heads, size.head_dim, generator=generator)
+        return numbers.to(size.device, size.dtype)
+
+    q, k, v, grad = draw(size.heads), draw(size.kv_heads), draw(size.kv_heads), draw(size.heads)
+    scores = torch.randn(size.batch, size.tokens, size.kv_heads, generator=generator).to(size.device)
+    return AttentionInputs(size, q, k, v, grad, scores)
+
+
+def attention_work(name: str, inputs: AttentionInputs, backward: bool) -> Callable[[], Any]:
     """A function that computes the output, and the gradients with `backward`; building a mask belongs to the work."""
     ours = name in (BUDGET, UNCAPPED)
     # Each implementation gets the layout that it likes, so that none pays for a copy.
@@ -142,18 +144,20 @@ def _attention_work(name: str, inputs: _Inputs, backward: bool) -> Callable[[], 
 
 def _work_once(name: str, size: AttentionSize, backward: bool) -> None:
     """What memory is measured of: the inputs and one call."""
-    _attention_work(name, _Inputs.random(size), backward)()
+    attention_work(name, random_inputs(size), backward)()
 
 
 def _attention_cases(settings: OpsSettings, size: AttentionSize) -> Iterator[Case]:
-    device, inputs = torch.device(size.device), _Inputs.random(size)
+    device, inputs = torch.device(size.device), random_inputs(size)
     others = [CAUSAL, *([FLEX] if device.type == "cuda" else [])]
     names = [BUDGET, UNCAPPED, *(others if settings.peers else [])]
     pairs = {name: inputs.pairs(name) for name in names}
     small = dataclasses.replace(size, tokens=min(size.tokens, WARM_UP_TOKENS))
     for label, backward in PASSES.items():
+        if FLEX in names:  # each length gets code compiled for it, and none runs uncompiled for too many compilations
+            torch.compiler.reset()
         timings = measure(
-            [Variant(name, _attention_work(name, inputs, backward)) for name in names],
+            [Variant(name, attention_work(name, inputs, backward)) for name in names],
             turns=settings.repeats,
             limit=settings.limit,
             device=device,
@@ -172,7 +176,7 @@ def _attention_cases(settings: OpsSettings, size: AttentionSize) -> Iterator[Cas
         yield Case("attention", {"tokens": size.tokens, "pass": label}, tuple(results))
 
 
-def _attention_bytes(inputs: _Inputs, name: str, backward: bool) -> int:
+def _attention_bytes(inputs: AttentionInputs, name: str, backward: bool) -> int:
     """Inputs read once and outputs written once, in each pass."""
     query, pair = inputs.q.nbytes, inputs.k.nbytes + inputs.v.nbytes
     count = 2 * query + pair

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from holdfast.bench.results import Case, Report, Result
 from holdfast.pictures import picture
@@ -44,48 +44,46 @@ def _draw_ops(report: Report, figure: Figure) -> None:
     cases = [case for case in report.cases if case.kind == "attention" and "backward" in case.parameters["pass"]]
     if not cases:
         raise ValueError("only attention can be drawn, and there is none in these results; measure it too.")
-    peaks: Value = lambda result: result.peak_bytes  # noqa: E731
     measured = [case for case in cases if case.results[0].peak_bytes is not None]
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _lines(panels[0], cases, "tokens", _seconds, "attention, forward and backward (s)")
+    _lines(panels[0], cases, "tokens", _seconds, "attention, forward and backward", "s")
     if measured:
-        _lines(panels[1], measured, "tokens", peaks, "peak memory")
-        panels[1].yaxis.set_major_formatter(EngFormatter("B"))
+        _lines(panels[1], measured, "tokens", lambda result: result.peak_bytes, "peak memory", "B")
     panels[0].legend(fontsize="small")
 
 
 def _draw_prefill(report: Report, figure: Figure) -> None:
     axes = figure.add_subplot()
-    _lines(axes, report.cases, "tokens", _seconds, "prefill (s)")
+    _lines(axes, report.cases, "tokens", _seconds, "prefill", "s")
     axes.legend(fontsize="small")
 
 
 def _draw_decode(report: Report, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
-    _lines(left, report.cases, "context", lambda result: 1000 * _seconds(result), "time per token (ms)")
+    _lines(left, report.cases, "context", _seconds, "time per token", "s")
     contexts = [case.parameters["context"] for case in report.cases]
     for line, name in zip(left.get_lines(), _names(report.cases), strict=True):
         found = [_find(case, name) for case in report.cases]
-        bounds = [(1000 * _seconds(result), 1000 * result.timing.summary.p99) for result in found if result]
+        bounds = [(_seconds(result), result.timing.summary.p99) for result in found if result]
         low, high = zip(*bounds, strict=True)
         left.fill_between(contexts, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     left.set_title("median, and up to the 99th percentile", fontsize="small", loc="left")
     left.legend(fontsize="small")
-    _lines(right, report.cases, "context", lambda result: result.cache_bytes, "cache")
-    right.yaxis.set_major_formatter(EngFormatter("B"))
+    _lines(right, report.cases, "context", lambda result: result.cache_bytes, "cache", "B")
 
 
 def _draw_train(report: Report, figure: Figure) -> None:
     axes = figure.add_subplot()
     (case,) = report.cases
     results = list(reversed(case.results))
-    bars = axes.barh([result.name for result in results], [result.tokens_per_second or 0 for result in results])
+    rates = [result.tokens_per_second or 0 for result in results]
+    bars = axes.barh([result.name for result in results], rates, color=["0.75"] * (len(results) - 1) + ["C0"])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
     axes.margins(x=0.12)
     axes.set_xlabel(f"tokens/s in training ({case.parameters['batch']} × {case.parameters['tokens']:,} tokens)")
 
 
-def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, label: str) -> None:
+def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, label: str, unit: str) -> None:
     """One line per variant on logarithmic axes."""
     for name in _names(cases):
         found = [(case.parameters[parameter], _find(case, name)) for case in cases]
@@ -95,6 +93,8 @@ def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, labe
     axes.set_yscale("log")
     ticks = sorted({case.parameters[parameter] for case in cases})
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter(unit))
     axes.minorticks_off()
     axes.set_xlabel(parameter)
     axes.set_ylabel(label)

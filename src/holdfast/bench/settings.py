@@ -80,9 +80,9 @@ class BenchSettings:
         return torch.device("cuda" if on_cuda else "cpu"), getattr(torch, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """What the numbers depend on, as plain values, ready for JSON."""
         values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: value for name, value in values.items() if name not in ("output", "plot")}
 
     def effective(self) -> Self:
         """These settings, or the tiny ones of a quick run."""
@@ -140,6 +140,11 @@ class ModelSettings(BenchSettings):
     """Of the model; others are made as large. 43m: 12 layers, hidden size 512."""
     mixers: tuple[str, ...] = ("gated_deltanet", "learned_eviction")
     """The token mixer of each layer; a short list repeats."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mixers:
+            raise ValueError("mixers is empty; name at least one.")
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,12 @@ def _check(settings: BenchSettings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device here; give --device cpu.")
     if isinstance(settings, ModelSettings):
-        from holdfast.mixers import MIXERS
+        from holdfast.bench.models import SIZES, hybrid_config
 
-        if unknown := [name for name in settings.mixers if name not in MIXERS]:
-            raise UsageError(f"There is no mixer {unknown[0]!r}; the mixers are {', '.join(MIXERS)}.")
+        try:
+            hybrid_config(SIZES[settings.effective().size], settings.mixers)
+        except ValueError as error:
+            raise UsageError(f"--mixers does not fit: {error}.") from error
 
 
 def _run(settings: BenchSettings) -> Report:
@@ -183,7 +185,7 @@ def _columns(report: Report, cases: Sequence[Case]) -> dict[str, Callable[[Case,
         columns["p90"] = lambda case, result: format_seconds(result.timing.summary.p90)
         columns["p99"] = lambda case, result: format_seconds(result.timing.summary.p99)
     if results[0].tokens is not None:
-        columns["tokens/s"] = lambda case, result: f"{result.tokens_per_second:,.0f}"
+        columns["tokens/s"] = lambda case, result: _rate(result.tokens_per_second or 0)
     if results[0].peak_bytes is not None:
         columns["peak memory"] = lambda case, result: format_bytes(result.peak_bytes or 0)
     if results[0].cache_bytes is not None:
@@ -198,6 +200,10 @@ def _spread(result: Result) -> str:
     """The distance between the quartiles, as a share of the median."""
     summary = result.timing.summary
     return f"{(summary.high - summary.low) / summary.median:.0%}" if result.timing.warmed_up else "*"
+
+
+def _rate(per_second: float) -> str:
+    return three_digits(per_second) if per_second < 999.5 else f"{per_second:,.0f}"
 
 
 def format_seconds(seconds: float) -> str:
