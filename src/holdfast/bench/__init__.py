@@ -1,6 +1,6 @@
 """How fast, and with how much memory: the library beside other implementations, in one process, on random inputs.
 
 `settings` what may be chosen · `timing` interleaved variants, medians and ratios · `memory` peaks · `ceilings` what the
-machine can do · `peers` the other implementations · `ops`, `models`, `prefill`, `decode`, `train` what is measured ·
-`results` numbers as data · `tables`, `plots` numbers to look at.
+machine can do · `setup` what all benchmarks begin and end with · `peers`, `models` the implementations ·
+`ops`, `prefill`, `decode`, `train` what is measured · `results` numbers as data · `plots` numbers to look at.
 """

@@ -6,12 +6,11 @@ from functools import partial
 
 import torch
 
-from holdfast.bench.ceilings import measure_ceilings
 from holdfast.bench.models import Contender, contenders
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import DecodeSettings
-from holdfast.bench.timing import Timing, Variant, measure
-from holdfast.machine import describe_machine
+from holdfast.bench.setup import Setup
+from holdfast.bench.timing import Timing, Variant
 
 __all__ = ["run_decode"]
 
@@ -24,10 +23,9 @@ def run_decode(settings: DecodeSettings) -> Report:
     """Measure all models at all contexts, in rotation; raises ValueError where the device is missing or a mixer does
     not exist.
     """
-    settings = settings.effective()
-    device, dtype = settings.resolve()
-    models = contenders(settings, device, dtype)
-    ceilings = measure_ceilings(device, dtype, quick=settings.quick)
+    setup = Setup.of(settings)
+    settings = setup.settings
+    models = contenders(settings, setup.device, setup.dtype)
     contexts = sorted(set(settings.contexts))
     with torch.no_grad():
         caches = {model.name: model.filled_caches(contexts, settings.batch_size, CHUNK) for model in models}
@@ -39,13 +37,7 @@ def run_decode(settings: DecodeSettings) -> Report:
         variants = [
             _variant(model, context, caches[model.name][context], settings) for context in contexts for model in models
         ]
-        timings = measure(
-            variants,
-            turns=-(-settings.steps // STEPS_PER_TURN),
-            limit=settings.limit,
-            device=device,
-            description="decoding",
-        )
+        timings = setup.measure(variants, "decoding", turns=-(-settings.steps // STEPS_PER_TURN))
     cases = []
     for context in contexts:
         results = tuple(
@@ -53,7 +45,7 @@ def run_decode(settings: DecodeSettings) -> Report:
             for model in models
         )
         cases.append(Case("decode", {"context": context, "batch": settings.batch_size}, results))
-    return Report("decode", settings.to_dict(), describe_machine(), ceilings, tuple(cases))
+    return setup.report("decode", cases)
 
 
 def _name(model: Contender, context: int) -> str:

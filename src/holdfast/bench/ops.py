@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from holdfast.bench import peers
-from holdfast.bench.ceilings import measure_ceilings
 from holdfast.bench.memory import peak_bytes
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import OpsSettings
-from holdfast.bench.timing import Variant, measure
-from holdfast.machine import describe_machine
+from holdfast.bench.setup import Setup
+from holdfast.bench.timing import Variant
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import l2_norm
 from holdfast.ops.retained_attention import retained_attention
@@ -31,19 +30,18 @@ WARM_UP_TOKENS = 64
 
 def run_ops(settings: OpsSettings) -> Report:
     """Measure what `settings.only` names; raises ValueError where the device is missing."""
-    settings = settings.effective()
-    device, dtype = settings.resolve()
-    ceilings = measure_ceilings(device, dtype, quick=settings.quick)
+    setup = Setup.of(settings)
+    settings = setup.settings
     cases: list[Case] = []
     if "attention" in settings.only:
         for tokens in settings.tokens:
-            cases += _attention_cases(settings, AttentionSize.of(settings, tokens, device, dtype))
+            cases += _attention_cases(setup, AttentionSize.of(setup, tokens))
     if "retention" in settings.only:
-        cases.append(_retention_case(settings, device))
+        cases.append(_retention_case(setup))
     if "delta" in settings.only:
         for shape in settings.delta_shapes:
-            cases += _delta_cases(settings, shape, device, dtype)
-    return Report("ops", settings.to_dict(), describe_machine(), ceilings, tuple(cases))
+            cases += _delta_cases(setup, shape)
+    return setup.report("ops", cases)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class AttentionSize:
     seed: int
 
     @classmethod
-    def of(cls, settings: OpsSettings, tokens: int, device: torch.device, dtype: torch.dtype) -> AttentionSize:
+    def of(cls, setup: Setup[OpsSettings], tokens: int) -> AttentionSize:
+        settings = setup.settings
         return cls(
             settings.batch_size,
             tokens,
@@ -71,8 +70,8 @@ class AttentionSize:
             settings.head_dim,
             settings.window,
             settings.kept,
-            str(device),
-            dtype,
+            str(setup.device),
+            setup.dtype,
             settings.seed,
         )
 
@@ -147,8 +146,8 @@ def _work_once(name: str, size: AttentionSize, backward: bool) -> None:
     attention_work(name, random_inputs(size), backward)()
 
 
-def _attention_cases(settings: OpsSettings, size: AttentionSize) -> Iterator[Case]:
-    device, inputs = torch.device(size.device), random_inputs(size)
+def _attention_cases(setup: Setup[OpsSettings], size: AttentionSize) -> Iterator[Case]:
+    settings, device, inputs = setup.settings, setup.device, random_inputs(size)
     others = [CAUSAL, *([FLEX] if device.type == "cuda" else [])]
     names = [BUDGET, UNCAPPED, *(others if settings.peers else [])]
     pairs = {name: inputs.pairs(name) for name in names}
@@ -156,13 +155,8 @@ def _attention_cases(settings: OpsSettings, size: AttentionSize) -> Iterator[Cas
     for label, backward in PASSES.items():
         if FLEX in names:  # each length gets code compiled for it, and none runs uncompiled for too many compilations
             torch.compiler.reset()
-        timings = measure(
-            [Variant(name, attention_work(name, inputs, backward)) for name in names],
-            turns=settings.repeats,
-            limit=settings.limit,
-            device=device,
-            description=f"attention, {size.tokens:,} tokens, {label}",
-        )
+        variants = [Variant(name, attention_work(name, inputs, backward)) for name in names]
+        timings = setup.measure(variants, f"attention, {size.tokens:,} tokens, {label}")
         results = []
         for name in names:
             peak = None
@@ -186,43 +180,33 @@ def _attention_bytes(inputs: AttentionInputs, name: str, backward: bool) -> int:
     return count + (4 * query + 2 * pair if backward else 0)
 
 
-def _retention_case(settings: OpsSettings, device: torch.device) -> Case:
+def _retention_case(setup: Setup[OpsSettings]) -> Case:
+    settings = setup.settings
     generator = torch.Generator().manual_seed(settings.seed)
-    scores = torch.randn(1, settings.retention_tokens, settings.heads, generator=generator).to(device)
+    scores = torch.randn(1, settings.retention_tokens, settings.heads, generator=generator).to(setup.device)
     name = "holdfast"
-    timings = measure(
-        [Variant(name, lambda: streaming_retention(scores, settings.kept, settings.window))],
-        turns=settings.repeats,
-        limit=settings.limit,
-        device=device,
-        description="eviction",
-    )
+    work = Variant(name, lambda: streaming_retention(scores, settings.kept, settings.window))
+    timings = setup.measure([work], "eviction")
     result = Result(name, timings[name], 0, scores.nbytes + 8 * scores.numel(), tokens=settings.retention_tokens)
     parameters = {"tokens": settings.retention_tokens, "heads": settings.heads, "slots": settings.kept}
     return Case("eviction", parameters, (result,))
 
 
-def _delta_cases(
-    settings: OpsSettings, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
-) -> Iterator[Case]:
+def _delta_cases(setup: Setup[OpsSettings], shape: tuple[int, int, int, int]) -> Iterator[Case]:
     """Forward, and forward with backward, of the gated delta rule at `shape` (B, T, H, D)."""
+    device, dtype = setup.device, setup.dtype
     batch, tokens, heads, dim = shape
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(setup.settings.seed)
     q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
     q, k = l2_norm(q), l2_norm(k)
     g = -torch.rand(shape[:3], generator=generator).to(device) * 0.1
     beta = torch.rand(shape[:3], generator=generator).to(device, dtype)
     functions: dict[str, peers.DeltaRule] = {"holdfast": lambda *inputs: gated_delta_rule(*inputs)[0]}
-    functions |= peers.delta_rule_peers(device) if settings.peers else {}
+    functions |= peers.delta_rule_peers(device) if setup.settings.peers else {}
     for label, backward in PASSES.items():
         inputs = [x.detach().requires_grad_(backward) for x in (q, k, v, g, beta)]
-        timings = measure(
-            [Variant(name, _delta_work(function, inputs, grad, backward)) for name, function in functions.items()],
-            turns=settings.repeats,
-            limit=settings.limit,
-            device=device,
-            description=f"gated delta rule, {tokens:,} tokens, {label}",
-        )
+        variants = [Variant(name, _delta_work(work, inputs, grad, backward)) for name, work in functions.items()]
+        timings = setup.measure(variants, f"gated delta rule, {tokens:,} tokens, {label}")
         # Three products of a vector and a D × D state per token, forward; twice as many backward.
         flops = 6 * dim * dim * batch * tokens * heads * (3 if backward else 1)
         moved = sum(x.nbytes for x in inputs) + v.nbytes

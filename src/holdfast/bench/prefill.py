@@ -6,37 +6,29 @@ from functools import partial
 
 import torch
 
-from holdfast.bench.ceilings import measure_ceilings
 from holdfast.bench.models import Contender, contenders
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import PrefillSettings
-from holdfast.bench.timing import Variant, measure
-from holdfast.machine import describe_machine
+from holdfast.bench.setup import Setup
+from holdfast.bench.timing import Variant
 
 __all__ = ["run_prefill"]
 
 
 def run_prefill(settings: PrefillSettings) -> Report:
     """Measure every length; raises ValueError where the device is missing or a mixer does not exist."""
-    settings = settings.effective()
-    device, dtype = settings.resolve()
-    models = contenders(settings, device, dtype)
-    ceilings = measure_ceilings(device, dtype, quick=settings.quick)
+    setup = Setup.of(settings)
+    models = contenders(setup.settings, setup.device, setup.dtype)
     with torch.no_grad():
-        cases = [_case(settings, models, tokens, device) for tokens in sorted(settings.tokens)]
-    return Report("prefill", settings.to_dict(), describe_machine(), ceilings, tuple(cases))
+        return setup.report("prefill", [_case(setup, models, tokens) for tokens in sorted(setup.settings.tokens)])
 
 
-def _case(settings: PrefillSettings, models: list[Contender], tokens: int, device: torch.device) -> Case:
+def _case(setup: Setup[PrefillSettings], models: list[Contender], tokens: int) -> Case:
+    settings = setup.settings
     ids = models[0].random_ids(1, tokens)
     chunks = {model.name: settings.peer_chunk for model in models} | {models[0].name: settings.chunk}
-    timings = measure(
-        [Variant(model.name, partial(model.prefill, ids, chunks[model.name])) for model in models],
-        turns=settings.repeats,
-        limit=settings.limit,
-        device=device,
-        description=f"prefill, {tokens:,} tokens",
-    )
+    variants = [Variant(model.name, partial(model.prefill, ids, chunks[model.name])) for model in models]
+    timings = setup.measure(variants, f"prefill, {tokens:,} tokens")
     results = [
         Result(
             model.name,

@@ -8,32 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.bench.ceilings import measure_ceilings
 from holdfast.bench.models import SIZES, Contender, contenders, keep_about
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import TrainSettings
-from holdfast.bench.timing import Variant, measure
-from holdfast.machine import describe_machine
+from holdfast.bench.setup import Setup
+from holdfast.bench.timing import Variant
 
 __all__ = ["run_train"]
 
 
 def run_train(settings: TrainSettings) -> Report:
     """Measure training; raises ValueError where the device is missing or a mixer does not exist."""
-    settings = settings.effective()
-    device, dtype = settings.resolve()
-    models = contenders(settings, device, dtype)
-    ceilings = measure_ceilings(device, dtype, quick=settings.quick)
+    setup = Setup.of(settings)
+    settings = setup.settings
+    models = contenders(settings, setup.device, setup.dtype)
     ids = models[0].random_ids(settings.batch_size, settings.tokens)
     keep_about(models[0].model, ids, SIZES[settings.size].budget)
     kept = _kept(models[0].model, ids)
-    timings = measure(
-        [Variant(model.name, _step(model, ids)) for model in models],
-        turns=settings.repeats,
-        limit=settings.limit,
-        device=device,
-        description="training",
-    )
+    timings = setup.measure([Variant(model.name, _step(model, ids)) for model in models], "training")
     tokens = ids.numel()
     results = []
     for model in models:
@@ -45,7 +37,7 @@ def run_train(settings: TrainSettings) -> Report:
         moved = 7 * model.weight_bytes
         results.append(Result(model.name, timings[model.name], 3 * forward, moved, tokens=tokens, notes=notes))
     case = Case("train", {"batch": settings.batch_size, "tokens": settings.tokens}, tuple(results))
-    return Report("train", settings.to_dict(), describe_machine(), ceilings, (case,))
+    return setup.report("train", [case])
 
 
 def _kept(model: Any, ids: Tensor) -> float | None:
