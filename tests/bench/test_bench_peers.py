@@ -1,13 +1,15 @@
 """The other implementations compute what this library computes; otherwise their times would mean nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from holdfast.bench import peers
-from holdfast.bench.ops import BUDGET, CAUSAL, UNCAPPED, AttentionSize, attention_work, random_inputs
+from holdfast.bench.ops import BUDGET, CAUSAL, UNCAPPED, AttentionSize, attention_work, random_inputs, visible_until
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import l2_norm
-from holdfast.ops.retained_attention import retained_attention
+from holdfast.ops.retained_attention import FOREVER, retained_attention
 
 CPU = torch.device("cpu")
 SIZE = AttentionSize(
@@ -25,7 +27,7 @@ def test_causal_attention_is_retained_attention_that_loses_nothing() -> None:
 @pytest.mark.parametrize("name", [BUDGET, UNCAPPED])
 def test_flex_attention_gets_the_same_mask(name: str) -> None:
     inputs = random_inputs(SIZE)
-    until = inputs.visible_until(name)
+    until = visible_until(name, inputs.scores, SIZE)
     q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     out = peers.flex_attention(q, k, v, until, compiled=False).transpose(1, 2)
     expected = retained_attention(inputs.q, inputs.k, inputs.v, until, SIZE.window)
@@ -49,19 +51,27 @@ def test_pairs_are_those_that_attention_reads() -> None:
     query = torch.arange(SIZE.tokens)[:, None]
     key = torch.arange(SIZE.tokens)
     for name in (BUDGET, UNCAPPED):
-        until = inputs.visible_until(name)[:, None]  # [B, 1, T, Hkv]
+        until = visible_until(name, inputs.scores, SIZE)[:, None]  # [B, 1, T, Hkv]
         seen = (key <= query)[None, ..., None] & (query[None, ..., None] <= until)
         assert inputs.pairs(name) == seen.sum() * 2
         assert inputs.pairs(name) < inputs.pairs(CAUSAL) == 2 * 4 * 70 * 71 // 2
-    alive = (inputs.visible_until(BUDGET) > SIZE.tokens - 1 + SIZE.window).sum(1)
+    alive = (visible_until(BUDGET, inputs.scores, SIZE) > SIZE.tokens - 1 + SIZE.window).sum(1)
     assert (alive == SIZE.kept).all()
+
+
+def test_a_store_that_holds_everything_keeps_everything() -> None:
+    large = dataclasses.replace(SIZE, kept=SIZE.tokens)
+    for name in (BUDGET, UNCAPPED):
+        scores = random_inputs(large).scores
+        scores = scores.abs() if name == BUDGET else scores
+        assert (visible_until(name, scores, large) == FOREVER).all()
 
 
 @pytest.mark.parametrize("name", [BUDGET, UNCAPPED, CAUSAL])
 def test_the_work_gives_outputs_and_gradients(name: str) -> None:
     """Of the library's and of SDPA, against the reference, whatever the layout that each of them likes."""
     inputs = random_inputs(SIZE)
-    until = None if name == CAUSAL else inputs.visible_until(name)
+    until = None if name == CAUSAL else visible_until(name, inputs.scores, SIZE)
     q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = retained_attention(q, k, v, until, None, backend="reference")
     gradients = torch.autograd.grad(out, (q, k, v), inputs.grad)

@@ -21,7 +21,7 @@ from holdfast.ops.norms import l2_norm
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import streaming_retention
 
-__all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops"]
+__all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops", "visible_until"]
 
 BUDGET, UNCAPPED, CAUSAL, FLEX = "holdfast, budget", "holdfast, uncapped", "SDPA, causal", "flex attention"
 PASSES = {"forward": False, "forward + backward": True}
@@ -87,22 +87,12 @@ class AttentionInputs:
     grad: Tensor
     scores: Tensor
 
-    def visible_until(self, name: str) -> Tensor:
-        """With a budget every positive score competes for the slots; without one, `kept` keys per head score above 0
-        in expectation.
-        """
-        size = self.size
-        if name != UNCAPPED:
-            return streaming_retention(self.scores, size.kept, size.window)
-        share = torch.tensor(1 - min(size.kept / size.tokens, 1.0))
-        return streaming_retention(self.scores - torch.special.ndtri(share), None, size.window)
-
     def pairs(self, name: str) -> int:
         """Pairs of a query and a key that it sees, over batch and query heads."""
         size = self.size
         if name == CAUSAL:
             return size.batch * size.heads * size.tokens * (size.tokens + 1) // 2
-        until = self.visible_until(name).clamp(max=size.tokens - 1)
+        until = visible_until(name, self.scores, size).clamp(max=size.tokens - 1)
         first = torch.arange(size.tokens, device=until.device)[:, None]
         return int((until - first + 1).sum()) * (size.heads // size.kv_heads)
 
@@ -120,20 +110,30 @@ def random_inputs(size: AttentionSize) -> AttentionInputs:
     return AttentionInputs(size, q, k, v, grad, scores)
 
 
+def visible_until(name: str, scores: Tensor, size: AttentionSize) -> Tensor:
+    """int64 [B, T, Hkv]. With a budget every positive score competes for the slots; without one, `kept` keys per head
+    score above 0 in expectation.
+    """
+    if name != UNCAPPED:
+        return streaming_retention(scores, size.kept, size.window)
+    share = torch.tensor(1 - min(size.kept / size.tokens, 1.0))
+    return streaming_retention(scores - torch.special.ndtri(share), None, size.window)
+
+
 def attention_work(name: str, inputs: AttentionInputs, backward: bool) -> Callable[[], Any]:
     """A function that computes the output, and the gradients with `backward`; building a mask belongs to the work."""
     ours = name in (BUDGET, UNCAPPED)
     # Each implementation gets the layout that it likes, so that none pays for a copy.
     tensors = [x if ours else x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.grad)]
     q, k, v = (x.requires_grad_(backward) for x in (x.detach() for x in tensors[:3]))
-    grad = tensors[3]
+    grad, scores, size = tensors[3], inputs.scores, inputs.size  # and not the inputs, so that copied ones can go
 
     def forward() -> Tensor:
         if name == CAUSAL:
             return peers.causal_attention(q, k, v)
         if name == FLEX:
-            return peers.flex_attention(q, k, v, inputs.visible_until(name))
-        return retained_attention(q, k, v, inputs.visible_until(name), inputs.size.window)
+            return peers.flex_attention(q, k, v, visible_until(name, scores, size))
+        return retained_attention(q, k, v, visible_until(name, scores, size), size.window)
 
     def forward_and_backward() -> object:
         return torch.autograd.grad(forward(), (q, k, v), grad)
