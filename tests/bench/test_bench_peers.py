@@ -24,6 +24,7 @@ def test_causal_attention_is_retained_attention_that_loses_nothing() -> None:
     torch.testing.assert_close(peers.causal_attention(q, k, v).transpose(1, 2), expected)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", [BUDGET, UNCAPPED])
 def test_flex_attention_gets_the_same_mask(name: str) -> None:
     inputs = random_inputs(SIZE)
