@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "Rewrite a checkpoint in this library's or in the published format.",
     "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
     "kernels": "Compile every shipped Triton kernel ahead of time, and show registers, spills and shared memory.",
+    "bench": "Measure time and memory beside other implementations, and draw the results.",
     "demo": "Train four small models on this machine and compare what they remember.",
 }
 

@@ -108,7 +108,7 @@ def format_bytes(count: int) -> str:
         if size < 999.5:
             break
         size, unit = size / 1024, larger
-    return f"{_three_digits(size)} {unit}" if unit else f"{count} B"
+    return f"{three_digits(size)} {unit}" if unit else f"{count} B"
 
 
 def format_count(count: float) -> str:
@@ -118,8 +118,9 @@ def format_count(count: float) -> str:
         if size < 999.5:
             break
         size, suffix = size / 1000, larger
-    return f"{_three_digits(size)}{suffix}" if suffix else f"{count:g}"
+    return f"{three_digits(size)}{suffix}" if suffix else f"{count:g}"
 
 
-def _three_digits(size: float) -> str:
+def three_digits(size: float) -> str:
+    """`size`, below 1,000, with three digits: 2.50, 31.4, 870."""
     return f"{size:#.3g}".rstrip(".")

@@ -1,24 +1,17 @@
-"""What the demonstration says: the table, the claim, and the numbers as data."""
+"""What the demonstration says: the table and the claim."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
 
 from holdfast.demo.measure import Measurement
 from holdfast.demo.settings import TITLES
 from holdfast.evaluation.needle import Tally
 
-__all__ = ["Claim", "check_claim", "comparison_table", "environment"]
+__all__ = ["Claim", "check_claim", "comparison_table"]
 
 NEAR = 0.05
 """laLTE counts as near full attention when its accuracy is at most this much lower."""
@@ -98,48 +91,8 @@ def comparison_table(results: Mapping[str, Measurement], shortened: bool) -> Tab
     return table
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and commit, to stand beside numbers."""
-    packages = ("holdfast", "torch", "transformers", "numpy", "numba")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-    }
-
-
 def _share(tally: Tally) -> str:
     if tally.accuracy is None or tally.interval is None:
         return "–"
     low, high = tally.interval
     return f"{tally.accuracy:.1%} ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, with a + where files differ from it; None outside of a repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        if git("ls-files", Path(__file__).name) == "":  # installed inside a repository of something else
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(folder.parent)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -12,13 +12,14 @@ from rich.table import Table
 
 from holdfast.data.needle import NeedleTask
 from holdfast.demo.measure import HELD_OUT_SEED, Measurement, measure
-from holdfast.demo.report import Claim, check_claim, comparison_table, environment
+from holdfast.demo.report import Claim, check_claim, comparison_table
 from holdfast.demo.settings import SLOWEST_FIRST, TITLES, DemoSettings
-from holdfast.demo.training import available_cores, train_all
+from holdfast.demo.training import train_all
 from holdfast.evaluation.answering import answer_questions
 from holdfast.evaluation.needle import plot_accuracy_by_distance
 from holdfast.evaluation.retention import needle_kinds, plot_kept_tokens, retention_map
 from holdfast.files import write_json
+from holdfast.machine import available_cores, describe_machine
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training.recipe import NeedleData, Recipe, load_recipe
 from holdfast.training.settings import SettingsError
@@ -131,7 +132,7 @@ def _results(
         "seed": settings.seed,
         "evaluation_seed": HELD_OUT_SEED,
         "seconds": round(seconds, 1),
-        "environment": environment(),
+        "environment": describe_machine(),
         "models": models,
     }
 

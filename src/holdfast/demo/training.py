@@ -28,7 +28,7 @@ from holdfast.training.metrics import read_metrics
 from holdfast.training.recipe import Recipe
 from holdfast.training.settings import to_toml
 
-__all__ = ["ChildFailedError", "available_cores", "train_all"]
+__all__ = ["ChildFailedError", "train_all"]
 
 POLL_SECONDS = 0.25
 SECONDS_TO_END = 5
@@ -38,11 +38,6 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 class ChildFailedError(RuntimeError):
     """A training process ended with an error; the message names the model and its log."""
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_all(recipes: Sequence[Recipe], logs: Path, jobs: int, console: Console) -> None:

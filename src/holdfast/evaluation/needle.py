@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import nn
 from torch.nn import functional as F
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
-from holdfast.files import replacing
+from holdfast.pictures import picture
 
 __all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance", "wilson_interval"]
 
@@ -196,28 +194,25 @@ def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | P
     """
     if not results:
         raise ValueError("results is empty; give at least one result to plot.")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, result in results.items():
-        asked = [part for part in result.bins if part.tally.count]
-        middle = [(part.low + part.high) / 2 for part in asked]
-        low, high = np.array([part.tally.interval for part in asked]).T
-        share = np.array([part.tally.accuracy for part in asked])
-        (line,) = axes.plot(middle, share, marker="o", markersize=4, label=name)
-        axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    for window in sorted({result.task.window for result in results.values()}):
-        axes.axvline(window + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"window {window}")
-    for chance in sorted({1 / result.task.num_values for result in results.values()}):
-        axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label=f"guess {chance:.3f}")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("distance between question and answer (tokens)")
-    axes.set_ylabel("accuracy")
-    axes.legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160)
+    with picture(path, (7, 4)) as figure:
+        axes = figure.add_subplot()
+        for name, result in results.items():
+            asked = [part for part in result.bins if part.tally.count]
+            middle = [(part.low + part.high) / 2 for part in asked]
+            low, high = np.array([part.tally.interval for part in asked]).T
+            share = np.array([part.tally.accuracy for part in asked])
+            (line,) = axes.plot(middle, share, marker="o", markersize=4, label=name)
+            axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        for window in sorted({result.task.window for result in results.values()}):
+            axes.axvline(window + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"window {window}")
+        for chance in sorted({1 / result.task.num_values for result in results.values()}):
+            axes.axhline(chance, color="0.7", linestyle=":", linewidth=1, label=f"guess {chance:.3f}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("distance between question and answer (tokens)")
+        axes.set_ylabel("accuracy")
+        axes.legend(fontsize="small")
     return Path(path)
 
 

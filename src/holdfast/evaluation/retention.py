@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from holdfast.data.needle import NeedleTask
 from holdfast.evaluation.inference import device_of, evaluating
-from holdfast.files import replacing
 from holdfast.mixers import LearnedEviction
 from holdfast.mixers.window_state import WindowState
 from holdfast.modeling import HybridForCausalLM
+from holdfast.pictures import picture
 
 __all__ = ["COLOURS", "LayerRetention", "needle_kinds", "plot_kept_tokens", "retention_map"]
 
@@ -138,17 +137,14 @@ def plot_kept_tokens(
     if unknown := sorted(set(kinds) - set(COLOURS)):
         raise ValueError(f"no colour for {', '.join(unknown)}; kinds are {', '.join(COLOURS)}.")
     rows = sum(layer.scores.shape[1] for layer in layers)
-    figure = Figure(figsize=(10, 1.9 + 0.3 * (rows + 1)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_cells(axes, layers, kinds)
-    _label_rows(axes, layers)
-    _mark_window(axes, layers, rows)
-    _draw_legend(figure, [kind for kind in COLOURS if kind in kinds])
-    if title:
-        axes.set_title(title, loc="left", pad=24)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160)
+    with picture(path, (10, 1.9 + 0.3 * (rows + 1))) as figure:
+        axes = figure.add_subplot()
+        _draw_cells(axes, layers, kinds)
+        _label_rows(axes, layers)
+        _mark_window(axes, layers, rows)
+        _draw_legend(figure, [kind for kind in COLOURS if kind in kinds])
+        if title:
+            axes.set_title(title, loc="left", pad=24)
     return Path(path)
 
 

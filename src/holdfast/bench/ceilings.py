@@ -1,0 +1,54 @@
+"""What the machine can do at best: copy bandwidth and the rate of matrix products, measured here and now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.bench.timing import Variant, measure
+
+__all__ = ["Ceilings", "measure_ceilings"]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that nothing on this machine exceeds by much, in one dtype with the threads of this process.
+
+    Attributes:
+        copy_bytes_per_second: bytes read plus bytes written by a copy of a large tensor.
+        matmul_flops_per_second: of a large square matrix product, multiply-adds × 2.
+        dtype: of the matrices.
+    """
+
+    copy_bytes_per_second: float
+    matmul_flops_per_second: float
+    dtype: str
+
+    def floor_seconds(self, flops: float, moved_bytes: float) -> float:
+        """The least time for so many operations and bytes, if one hides behind the other."""
+        return max(flops / self.matmul_flops_per_second, moved_bytes / self.copy_bytes_per_second)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
+    """Copy and multiply several times and take the best rates. `quick` works on small tensors, for tests."""
+    megabytes, side = (4, 256) if quick else (1024, 8192) if device.type == "cuda" else (256, 2048)
+    source = torch.rand(megabytes << 18, device=device)  # fp32
+    target = torch.empty_like(source)
+    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    timings = measure(
+        [
+            Variant("copy", lambda: target.copy_(source)),
+            Variant("matmul", lambda: torch.mm(left, right, out=product)),
+        ],
+        turns=3 if quick else 10,
+        limit=5.0,
+        device=device,
+        description="ceilings of this machine",
+    )
+    return Ceilings(
+        copy_bytes_per_second=2 * source.nbytes / timings["copy"].summary.minimum,
+        matmul_flops_per_second=2 * side**3 / timings["matmul"].summary.minimum,
+        dtype=str(dtype).removeprefix("torch."),
+    )

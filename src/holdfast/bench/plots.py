@@ -1,0 +1,120 @@
+"""Pictures of the results of `holdfast bench`, from its JSON alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
+
+from holdfast.bench.results import Case, Report, Result
+from holdfast.pictures import picture
+
+__all__ = ["plot_report"]
+
+Value = Callable[[Result], float | None]
+
+
+def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
+    """Draw a report: time and memory by tokens, or tokens per second.
+
+    Args:
+        report: of any benchmark.
+        path: file to write; its ending gives the format (png, svg, pdf). Replaced only when the picture is complete.
+
+    Raises:
+        ValueError: if the report has nothing to draw, or the format is unknown.
+    """
+    draw, size = {
+        "ops": (_draw_ops, (10.0, 4.0)),
+        "prefill": (_draw_prefill, (7.0, 4.0)),
+        "decode": (_draw_decode, (10.0, 4.0)),
+        "train": (_draw_train, (7.0, 2.4)),
+    }[report.benchmark]
+    with picture(path, size) as figure:
+        draw(report, figure)
+        figure.supxlabel(_machine(report), fontsize="x-small", color="0.4")
+    return Path(path)
+
+
+def _draw_ops(report: Report, figure: Figure) -> None:
+    cases = [case for case in report.cases if case.kind == "attention" and "backward" in case.parameters["pass"]]
+    if not cases:
+        raise ValueError("only attention can be drawn, and there is none in these results; measure it too.")
+    measured = [case for case in cases if case.results[0].peak_bytes is not None]
+    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    _lines(panels[0], cases, "tokens", _seconds, "attention, forward and backward", "s")
+    if measured:
+        _lines(panels[1], measured, "tokens", lambda result: result.peak_bytes, "peak memory", "B")
+    panels[0].legend(fontsize="small")
+
+
+def _draw_prefill(report: Report, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    _lines(axes, report.cases, "tokens", _seconds, "prefill", "s")
+    axes.legend(fontsize="small")
+
+
+def _draw_decode(report: Report, figure: Figure) -> None:
+    left, right = figure.subplots(1, 2)
+    _lines(left, report.cases, "context", _seconds, "time per token", "s")
+    contexts = [case.parameters["context"] for case in report.cases]
+    for line, name in zip(left.get_lines(), _names(report.cases), strict=True):
+        found = [_find(case, name) for case in report.cases]
+        bounds = [(_seconds(result), result.timing.summary.p99) for result in found if result]
+        low, high = zip(*bounds, strict=True)
+        left.fill_between(contexts, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    left.set_title("median, and up to the 99th percentile", fontsize="small", loc="left")
+    left.legend(fontsize="small")
+    _lines(right, report.cases, "context", lambda result: result.cache_bytes, "cache", "B")
+
+
+def _draw_train(report: Report, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    (case,) = report.cases
+    results = list(reversed(case.results))
+    rates = [result.tokens_per_second or 0 for result in results]
+    bars = axes.barh([result.name for result in results], rates, color=["0.75"] * (len(results) - 1) + ["C0"])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"tokens/s in training ({case.parameters['batch']} × {case.parameters['tokens']:,} tokens)")
+
+
+def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, label: str, unit: str) -> None:
+    """One line per variant on logarithmic axes."""
+    for name in _names(cases):
+        found = [(case.parameters[parameter], _find(case, name)) for case in cases]
+        points = [(at, value(result)) for at, result in found if result is not None]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({case.parameters[parameter] for case in cases})
+    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter(unit))
+    axes.minorticks_off()
+    axes.set_xlabel(parameter)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.2)
+
+
+def _names(cases: Sequence[Case]) -> list[str]:
+    return list(dict.fromkeys(result.name for case in cases for result in case.results))
+
+
+def _find(case: Case, name: str) -> Result | None:
+    return next((result for result in case.results if result.name == name), None)
+
+
+def _seconds(result: Result) -> float:
+    return result.timing.summary.median
+
+
+def _machine(report: Report) -> str:
+    machine = report.machine
+    if machine["accelerator"]:
+        return f"{machine['accelerator']}, {report.ceilings.dtype}"
+    return f"{machine['processor']}, threads: {machine['threads']}, {report.ceilings.dtype}"

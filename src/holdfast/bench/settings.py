@@ -1,0 +1,211 @@
+"""What may be chosen in the benchmarks; light to import, for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BenchSettings", "DecodeSettings", "ModelSettings", "OpsSettings", "PrefillSettings", "TrainSettings"]
+
+RESULTS = Path("benchmarks/results")
+"""Where results go whose `--output` is a mere name."""
+
+SizeName = Literal["tiny", "43m", "0.4b", "1.4b"]
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What every benchmark lets one choose."""
+
+    repeats: int = 5
+    """Turns of every variant, after one to warm up."""
+    limit: float = 60.0
+    """Seconds after which a variant takes no further turn."""
+    peers: bool = True
+    """Measure other implementations in the same run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    threads: int | None = None
+    """Of PyTorch on the CPU; left out: as many as PyTorch takes (OMP_NUM_THREADS)."""
+    seed: int = 0
+    """Of the random inputs and weights."""
+    quick: bool = False
+    """Tiny sizes and few repeats, whatever else is given: to see that everything runs."""
+    output: str | None = None
+    """Write all numbers, every sample included: to this .json file, or as a mere name into benchmarks/results."""
+    plot: Path | None = None
+    """Draw them into this file (png, svg or pdf)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, repeats=self.repeats, threads=self.threads)
+        require_at_least(0, seed=self.seed)
+        if not self.limit > 0:
+            raise ValueError(f"limit must be above 0 seconds, got {self.limit}.")
+        if self.output == "" or (self.output is not None and Path(self.output).is_dir()):
+            raise ValueError(f"output is {self.output!r}; give a name, or a path that ends in .json.")
+
+    @property
+    def output_path(self) -> Path | None:
+        """Where the numbers go."""
+        if self.output is None:
+            return None
+        path = Path(self.output)
+        if path.suffix == ".json":
+            return path
+        return RESULTS / f"{self.output}.json" if path.name == self.output else path.with_name(f"{path.name}.json")
+
+    def resolve(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype to measure with; sets the threads and the seed of PyTorch.
+
+        Raises:
+            ValueError: if CUDA is asked for and there is none.
+        """
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here; give --device cpu.")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        on_cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        automatic = "bfloat16" if on_cuda else "float32"
+        name = automatic if self.dtype == "auto" else self.dtype
+        return torch.device("cuda" if on_cuda else "cpu"), getattr(torch, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the numbers depend on, as plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in ("output", "plot")}
+
+    def effective(self) -> Self:
+        """These settings, or the tiny ones of a quick run."""
+        return self._tiny() if self.quick else self
+
+    def _tiny(self) -> Self:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OpsSettings(BenchSettings):
+    """Attention, eviction and the gated delta rule alone: time and peak memory, forward and backward."""
+
+    only: tuple[Literal["attention", "retention", "delta"], ...] = ("attention", "retention", "delta")
+    """What to measure."""
+    tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    """Lengths of the sequences that attention reads."""
+    batch_size: int = 1
+    heads: int = 8
+    kv_heads: int | None = None
+    """Key/value heads; left out: as many as heads."""
+    head_dim: int = 64
+    window: int = 768
+    kept: int = 512
+    """Keys kept per head outside the window."""
+    retention_tokens: int = 131072
+    """Length of the sequence whose scores the eviction reads."""
+    delta_shapes: tuple[tuple[int, int, int, int], ...] = ((8, 512, 4, 64), (1, 4096, 4, 64))
+    """Batch, tokens, heads and head dimension of the gated delta rule."""
+    memory: bool = True
+    """Measure peak memory too, each in a new process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, tokens=self.tokens, batch_size=self.batch_size, heads=self.heads, kv_heads=self.kv_heads)
+        require_at_least(1, head_dim=self.head_dim, window=self.window, kept=self.kept)
+        require_at_least(1, retention_tokens=self.retention_tokens)
+        for shape in self.delta_shapes:
+            require_at_least(1, delta_shapes=shape)
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+
+    def _tiny(self) -> Self:
+        return dataclasses.replace(
+            self, repeats=2, tokens=(128, 256), heads=2, kv_heads=None, head_dim=16, window=32, kept=16,
+            retention_tokens=1024, delta_shapes=((2, 96, 2, 16),), memory=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSettings(BenchSettings):
+    """What the benchmarks of whole models let one choose besides."""
+
+    size: SizeName = "43m"
+    """Of the model; others are made as large. 43m: 12 layers, hidden size 512."""
+    mixers: tuple[str, ...] = ("gated_deltanet", "learned_eviction")
+    """The token mixer of each layer; a short list repeats."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mixers:
+            raise ValueError("mixers is empty; name at least one.")
+
+
+@dataclass(frozen=True)
+class PrefillSettings(ModelSettings):
+    """Seconds until a prompt has been read, by its length."""
+
+    tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    """Lengths of the prompts."""
+    chunk: int = 2048
+    """Tokens that this library's model reads in one call."""
+    peer_chunk: int | None = None
+    """The same for other models; left out: the whole prompt, which is fastest for them."""
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, tokens=self.tokens, chunk=self.chunk, peer_chunk=self.peer_chunk)
+
+    def _tiny(self) -> Self:
+        return dataclasses.replace(self, size="tiny", repeats=2, tokens=(48, 96), chunk=32)
+
+
+@dataclass(frozen=True)
+class DecodeSettings(ModelSettings):
+    """Seconds per generated token, by the tokens that have been read before."""
+
+    contexts: tuple[int, ...] = (2048, 8192, 32768, 65536)
+    """Tokens read before the first step that is timed."""
+    steps: int = 500
+    """Steps of every model and context, in turns of 20."""
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, contexts=self.contexts, steps=self.steps, batch_size=self.batch_size)
+
+    def _tiny(self) -> Self:
+        return dataclasses.replace(self, size="tiny", contexts=(48, 96), steps=40, batch_size=2)
+
+
+@dataclass(frozen=True)
+class TrainSettings(ModelSettings):
+    """Tokens per second of training: forward, backward and a step of AdamW."""
+
+    batch_size: int = 2
+    tokens: int = 2048
+    """Length of each sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, batch_size=self.batch_size, tokens=self.tokens)
+
+    def _tiny(self) -> Self:
+        return dataclasses.replace(self, size="tiny", repeats=2, tokens=96)
+
+
+def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:
+    """Raise ValueError naming the first value, or the first in a tuple, that is below `least` or missing."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == ():
+            raise ValueError(f"{name} is empty; give at least one number.")
+        if low := [number for number in numbers if number < least]:
+            raise ValueError(f"{name} must be at least {least}, got {low[0]}.")
