@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.ops.retained_attention import BACKENDS, FOREVER, blocked, retained_attention
@@ -298,22 +298,6 @@ def test_inside_a_compiled_function(queries: int) -> None:
     compiled = outputs_and_gradients(torch.compile(model, backend="eager"), q, k, v)
     for ours, theirs in zip(compiled, outputs_and_gradients(model, q, k, v), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                # Storage, because an expanded view takes no memory.
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 @pytest.mark.parametrize("kind", ["plain", "budget", "pads"])
