@@ -33,7 +33,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way in which "blocked" reads selected blocks, whatever would be cheapest, and tiles of a few scores."""
     monkeypatch.setattr(selected, "_FEW_QUERIES", 1 << 30 if request.param == "gathered" else 0)
-    monkeypatch.setattr(selected, "_DENSE_RATIO", 1 << 30 if request.param == "masked" else 0)
+    monkeypatch.setattr(selected, "_VISIT", 1 << 40 if request.param == "masked" else -(1 << 40))
     monkeypatch.setattr(tiles, "_CPU_SCORES", 600)
     return str(request.param)
 

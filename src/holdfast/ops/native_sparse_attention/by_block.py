@@ -22,7 +22,7 @@ def by_block(
     q_flat, out_flat, sum_flat = q.flatten(0, 1), out.flatten(0, 1), log_sum.flatten(0, 1)
     for visit in _visits(q, positions, blocks, block_size):
         some = q_flat.index_select(0, visit.queries).unsqueeze(0)
-        block_out, block_sum, _ = attend(some, k[visit.keys], v[visit.keys], visit.hidden)
+        block_out, block_sum, *_ = attend(some, k[visit.keys], v[visit.keys], visit.hidden)
         before = sum_flat.index_select(0, visit.queries)
         after = torch.logaddexp2(before, block_sum[0])
         merged = out_flat.index_select(0, visit.queries).mul_(torch.exp2(before - after).unsqueeze(-1))
@@ -61,7 +61,7 @@ class _Visit(NamedTuple):
 
     queries: Tensor  # [P] int64, rising, numbers in [R·Tq]
     keys: tuple[slice, slice]  # row, keys
-    hidden: Tensor | None  # [1, P, S]; None where every query sees the whole block
+    hidden: Tensor  # [1, S or fewer, S], keys that the first queries do not see
 
 
 def _visits(q: Tensor, positions: Tensor, blocks: Tensor, block_size: int) -> Iterator[_Visit]:
@@ -81,5 +81,5 @@ def _visits(q: Tensor, positions: Tensor, blocks: Tensor, block_size: int) -> It
         for part in range(start, end, limit):
             some = by_number[part : min(part + limit, end)]
             # A block is incomplete only for queries inside it, which are the first to read it.
-            at = positions[some] if part == start else None
-            yield _Visit(some, keys, None if at is None else (first_key + offset > at[:, None]).unsqueeze(0))
+            at = positions[some[: max(0, block_size - (part - start))]]
+            yield _Visit(some, keys, (first_key + offset > at[:, None]).unsqueeze(0))

@@ -34,7 +34,8 @@ def compressed_attention(
         if complete:
             hidden = _incomplete(at, complete, block_size)
             tile = attend(q[rows, queries], k[rows, :complete], v[rows, :complete], hidden)
-            out[rows, queries], log_sum[rows, queries], importance = *tile[:2], tile[2].sum(dim=2)
+            out[rows, queries], log_sum[rows, queries], weights, total = tile
+            importance = weights.div_(total).sum(dim=2)
         else:
             out[rows, queries], log_sum[rows, queries] = 0.0, 0.0
         count = (keys - q.shape[1] + queries.stop - 1) // block_size + 1

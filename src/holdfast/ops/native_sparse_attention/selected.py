@@ -20,9 +20,8 @@ from holdfast.ops.native_sparse_attention.tiles import attend, attend_backward, 
 
 # Up to this many queries, their keys are gathered.
 _FEW_QUERIES = 16
-# All keys are read with a mask while they are at most so many times the chosen ones: half of them are in the future,
-# and one large product is worth several small ones.
-_DENSE_RATIO = 4
+# What visiting one block costs, whoever reads it, in scores computed.
+_VISIT = 1 << 14
 
 
 @torch.library.custom_op("holdfast::selected_attention", mutates_args=())
@@ -45,7 +44,8 @@ def selected_attention(
         return by_block(q, k, v, positions, blocks, block_size)
     out, log_sum = _empty_outputs(q, k, v, positions, blocks, block_size)
     for tile in tiles_read:
-        out[tile.queries], log_sum[tile.queries], _ = attend(q[tile.queries], tile.read(k), tile.read(v), tile.hidden)
+        attended = attend(q[tile.queries], tile.read(k), tile.read(v), tile.hidden)
+        out[tile.queries], log_sum[tile.queries] = attended[:2]
     return out, log_sum
 
 
@@ -117,7 +117,10 @@ def _tiles(
     """The tiles of queries; None where going block by block is cheaper."""
     if q.shape[1] <= _FEW_QUERIES or q.shape[0] == 0:
         return _gathered_tiles(q, positions, blocks, block_size)
-    if k.shape[1] <= _DENSE_RATIO * blocks.shape[2] * block_size:
+    # With a mask, half of all keys are read, since the others are in the future.
+    of_block, keys = q.shape[1] * q.shape[2] * block_size, k.shape[1]
+    all_blocks = keys // block_size
+    if of_block * all_blocks / 2 <= of_block * blocks.shape[2] + _VISIT * all_blocks:
         return _masked_tiles(q, k, positions, blocks, block_size)
     return None
 

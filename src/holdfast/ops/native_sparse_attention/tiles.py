@@ -44,30 +44,29 @@ def of_tile(positions: Tensor, rows: slice, queries: slice) -> Tensor:
     return positions[:, queries] if positions.shape[0] == 1 else positions[rows, queries]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax attention in the dtype of q; no autograd.
 
     Args:
         q: [N, L, G, D]. k: [N, C, D], C ≥ 1. v: [N, C, V].
-        hidden: [N or 1, L, C] bool, keys that a query does not see; it may see none at all. None: it sees all.
+        hidden: [N or 1, L, C] bool, keys that a query does not see; it may see none at all. It may end before the last
+            queries, which then see all.
 
     Returns:
-        Output [N, L, G, V], base-2 log-sum-exp [N, L, G] and weights [N, L, G, C]; 0 where a query sees nothing.
+        Output [N, L, G, V], base-2 log-sum-exp [N, L, G] and, before they are divided by their sum [N, L, G, 1], the
+        weights [N, L, G, C], and the sum; output and weights are 0 where a query sees nothing.
     """
     weights = _scores(q, k, hidden)
     highest = weights.amax(dim=-1, keepdim=True)
-    if hidden is not None:
-        highest.masked_fill_(highest == -torch.inf, 0.0)
+    highest.masked_fill_(highest == -torch.inf, 0.0)
     total = weights.sub_(highest).exp2_().sum(dim=-1, keepdim=True)
-    if hidden is not None:
-        total.masked_fill_(total == 0, 1.0)
-    weights.div_(total)
-    out = torch.bmm(weights.flatten(1, 2), v.to(q.dtype)).view(*q.shape[:3], v.shape[-1])
-    return out, highest.add_(total.log2_()).squeeze(-1), weights
+    total.masked_fill_(total == 0, 1.0)
+    out = torch.bmm(weights.flatten(1, 2), v.to(q.dtype)).view(*q.shape[:3], v.shape[-1]).div_(total)
+    return out, highest.add_(total.log2()).squeeze(-1), weights, total
 
 
 def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, log_sum: Tensor, inner: Tensor, grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, log_sum: Tensor, inner: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of `attend`, in the dtype of q.
 
@@ -81,7 +80,7 @@ def attend_backward(
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, log_sum: Tensor, inner: Tensor, grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, log_sum: Tensor, inner: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = _scores(q, k, hidden).sub_(log_sum.unsqueeze(-1)).exp2_()
     weights, grad_rows, q_rows = weights.flatten(1, 2), grad.flatten(1, 2), q.flatten(1, 2)
@@ -90,7 +89,8 @@ def _gradients(
     return torch.bmm(grad_scores, k).view(q.shape), torch.bmm(grad_scores.mT, q_rows), dv
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     """[N, L, G, C], −∞ where hidden."""
     scores = torch.bmm(q.flatten(1, 2), k.to(q.dtype).mT).view(*q.shape[:3], k.shape[1])
-    return scores if hidden is None else scores.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+    scores[:, : hidden.shape[1]].masked_fill_(hidden.unsqueeze(2), -torch.inf)
+    return scores
