@@ -74,10 +74,10 @@ def _by_query(rows: Tensor, kv_heads: int) -> Tensor:
 def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | None, scale: float) -> Tensor:
     """Attention over the last `window` keys, [B, Tq, H, Dv] in fp32 or fp64."""
     exact, needed = compute_dtype(q), min(q.shape[1] + window - 1, k.shape[1])
-    visible_until = None
-    if lengths is None:
-        k, v = (x[:, x.shape[1] - needed :] for x in (k, v))
-    else:
+    visible_until, end = None, _common_length(k, lengths)
+    if end is not None and end >= needed:
+        k, v = (x[:, end - needed : end] for x in (k, v))
+    elif lengths is not None:
         row = (lengths - needed)[:, None] + torch.arange(needed, device=q.device)  # [B, needed]
         until = torch.arange(window - 1, window - 1 + needed, device=q.device)
         visible_until = torch.where(row >= 0, until, -1).unsqueeze(2)
@@ -85,3 +85,13 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | Non
         k, v = (x.gather(1, index.expand(-1, -1, *x.shape[2:])) for x in (k, v))
     q, k, v = (x.to(exact) for x in (q, k, v))
     return retained_attention(q, k, v, visible_until, window - 1, scale=scale)
+
+
+def _common_length(k: Tensor, lengths: Tensor | None) -> int | None:
+    """How many keys every row holds; None where they differ, or where looking would stall a device."""
+    if lengths is None:
+        return k.shape[1]
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or len(lengths) == 0:
+        return None
+    first, *others = lengths.tolist()
+    return first if all(other == first for other in others) else None

@@ -136,7 +136,13 @@ class _Gathered:
 
     def read(self, keys: Tensor) -> Tensor:
         """[N, n·S, D] from [R, M·S, D]."""
-        return keys.unflatten(1, (-1, self.block_size))[self.queries[0], self.blocks].flatten(1, 2)
+        size, dim = self.block_size * keys.shape[2], keys.shape[2]
+        if keys.stride()[1:] != (dim, 1) or keys.stride(0) % size:
+            return keys.unflatten(1, (-1, self.block_size))[self.queries[0], self.blocks].flatten(1, 2)
+        # Blocks as rows of one matrix, whose rows are copied whole; a cache has room between the rows of keys.
+        step = keys.stride(0) // size
+        matrix = keys.as_strided(((keys.shape[0] - 1) * step + keys.shape[1] // self.block_size, size), (size, 1))
+        return matrix.index_select(0, (self.queries[0] * step + self.blocks).flatten()).view(len(self.blocks), -1, dim)
 
     def add(self, keys: Tensor, gradient: Tensor) -> None:
         """Add the gradient of what `read` returned to that of the keys."""
