@@ -260,12 +260,12 @@ def test_large_scores_do_not_overflow(backend: str, way: str) -> None:
         assert bool(tensor.isfinite().all())
 
 
-@pytest.mark.parametrize("queries", [13, 9])
+@pytest.mark.parametrize("queries", [9, 7])
 def test_gradients_by_finite_differences(queries: int, backend: str, way: str) -> None:
-    inputs = tensors(13, queries, batch=1, heads=2, kv_heads=1, dim=2)
+    inputs = tensors(9, queries, batch=1, heads=2, kv_heads=1, dim=2)
 
     def attend(*inputs: Tensor) -> Tensor:
-        return native_sparse_attention(*inputs, block_size=3, num_blocks=4, window=4, backend=backend)[0]
+        return native_sparse_attention(*inputs, block_size=2, num_blocks=4, window=4, backend=backend)[0]
 
     assert torch.autograd.gradcheck(attend, inputs)
 
@@ -287,9 +287,8 @@ def test_empty_inputs(batch: int, queries: int, keys: int, backend: str) -> None
     assert packed[0].shape == (1, 0, 4, 8)
 
 
-@pytest.mark.parametrize("length", [9, 30])
-def test_under_checkpointing_autocast_and_compilation(length: int, backend: str) -> None:
-    inputs = tensors(length, dtype=torch.float32)
+def test_under_checkpointing_autocast_and_compilation(backend: str) -> None:
+    inputs = tensors(20, dtype=torch.float32)
     attend = functools.partial(native_sparse_attention, block_size=4, num_blocks=3, window=5, backend=backend)
 
     def model(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,7 +342,7 @@ def test_what_autograd_holds_grows_linearly() -> None:
 def test_tiles_of_both_passes_are_small(way: str) -> None:
     """Inside the custom ops, where a dispatch mode looks only if they are called without their dispatcher."""
     largest = []
-    for length in (1024, 4096):
+    for length in (512, 2048):
         q, k, v = torch.randn(3, 1, length, 4)
         q, positions = q.unsqueeze(2), torch.arange(length)[None]
         means_k, means_v = (x.unflatten(1, (-1, 32)).mean(2) for x in (k, v))
@@ -357,7 +356,7 @@ def test_tiles_of_both_passes_are_small(way: str) -> None:
         largest.append(mode.elements)
     # A masked tile holds 16 queries and all keys.
     assert largest[1] <= 4 * largest[0]
-    assert largest[1] <= 4096 * 32
+    assert largest[1] <= 2048 * 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
