@@ -412,6 +412,7 @@ MEANS = torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 3)
         (TypeError, "compressed keys must be floating", {"compressed": (MEANS[0].long(), MEANS[1])}),
         (TypeError, "lengths must be int64", {"lengths": torch.ones(2)}),
         (ValueError, r"lengths must have the shape \[2\]", {"lengths": torch.ones(3, dtype=torch.int64)}),
+        (ValueError, "between 0 and the 7 keys, but one is 8", {"lengths": torch.tensor([3, 8])}),
         (ValueError, "excludes lengths", {"cu_seqlens": torch.tensor([0, 5]), "compressed": MEANS}),
         (ValueError, "offsets into one row", {"cu_seqlens": torch.tensor([0, 5])}),
         (ValueError, "backend 'quick' does not exist: choose one of 'reference'", {"backend": "quick"}),

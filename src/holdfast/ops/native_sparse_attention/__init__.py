@@ -181,6 +181,10 @@ def _check_sequences(
     if lengths is not None and (lengths.shape != q.shape[:1] or lengths.device != q.device):
         found = f"{list(lengths.shape)} on {lengths.device}"
         raise ValueError(f"lengths must have the shape {[q.shape[0]]} on {q.device}, not {found}.")
+    can_look = lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    for length in lengths.tolist() if can_look and lengths is not None else ():
+        if not 0 <= length <= k.shape[1]:
+            raise ValueError(f"lengths must lie between 0 and the {k.shape[1]} keys, but one is {length}.")
     if cu_seqlens is not None:
         if lengths is not None or compressed is not None:
             raise ValueError("cu_seqlens packs whole sequences and excludes lengths and compressed.")
