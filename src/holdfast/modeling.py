@@ -165,6 +165,8 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache, cu_seqlens, hidden)
         hidden, layout, order = self._arrange(hidden, attention_mask, cu_seqlens, cache)
         states = cache.layers if cache is not None else [None] * len(self.layers)
@@ -303,22 +305,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for arguments that exclude each other or do not fit.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError(
-                "attention weights cannot be returned: no attention matrix is ever formed. "
-                "What each head keeps is in output.retention; output_selection=True gives what it selects."
-            )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        self._refuse_attentions(output_attentions)
+        returned = {"output_hidden_states": output_hidden_states, "output_selection": output_selection}
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            cu_seqlens,
-            output_hidden_states,
-            output_selection,
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, **returned
         )
         columns = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, columns])
@@ -339,6 +329,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _refuse_attentions(self, output_attentions: bool | None) -> None:
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "attention weights cannot be returned: no attention matrix is ever formed. "
+                "What each head keeps is in output.retention; output_selection=True gives what it selects."
+            )
 
     def _retention_loss(self, retention: RetentionOutput | None, like: Tensor) -> Tensor:
         if retention is None:

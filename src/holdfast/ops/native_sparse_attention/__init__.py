@@ -1,4 +1,4 @@
-"""Native Sparse Attention: compressed blocks of everything, a few blocks in full, and a sliding window."""
+"""Native Sparse Attention (Yuan et al., arXiv 2502.11089): block means, a few blocks in full, a sliding window."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -38,22 +38,18 @@ def native_sparse_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal grouped-query attention in three branches, and their gated sum (Yuan et al., arXiv 2502.11089;
-    specification §3.7).
+    """Causal grouped-query attention in three branches, and their gated sum (arXiv 2502.11089; specification §3.7).
 
-    Keys are cut into blocks of S = `block_size`, counted from the first key of a sequence. A query at the index i
-    reads, each with a softmax of its own,
+    Keys are cut into blocks of S = `block_size`, counted from the first of a sequence. A query at the index i reads,
 
     - *compressed*: the means of the keys and values of every complete block, (m + 1)·S − 1 <= i; 0 while there is none;
     - *selected*: the keys up to i of the n = `num_blocks` most important blocks, the importance of a block being its
       weight in the compressed branch, averaged over the G query heads of the group. The block in which i lies, the
-      one before it and block 0 come first, in this order; which of several equally important others is chosen is not
-      said. All blocks up to i are read where there are no more than n;
+      one before it and block 0 come first, in this order; among equally important others any may be chosen;
     - *sliding*: the last `window` keys, its own included.
 
-    The queries are the last Tq of the Tk keys: query t has the index i = Tk − Tq + t. One operation thus serves a whole
-    sequence, a chunk behind cached keys, and a single decoded token. A query without an index in its row (i < 0) sees
-    nothing and returns 0.
+    each with a softmax of its own. The queries are the last Tq of the Tk keys, i = Tk − Tq + t: a whole sequence, a
+    chunk behind cached keys, and a single token are one operation. A query with i < 0 sees nothing and returns 0.
 
     Args:
         q: [B, Tq, H, D], floating.
@@ -61,39 +57,37 @@ def native_sparse_attention(
         v: [B, Tk, Hkv, Dv]; dtype and device of q. Unseen keys and values must be finite.
         gates: [B, Tq, H, 3], the weights of the compressed, the selected and the sliding branch; floating.
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
-        lengths: int64 [B], from 0 to Tk: how many keys each row holds, from its first on; the rest is unseen. The
-            queries are then the last Tq of these: i = lengths − Tq + t. None: all Tk.
-        cu_seqlens: int64 [N + 1], where packed sequences begin and end in a single row (B = 1, Tq = Tk); empty ones are
-            allowed. Neither with `lengths` nor with `compressed`.
-        compressed: the block means that are known already, [B, M, Hkv, D] and [B, M, Hkv, Dv] with M ≥ Tk // S,
-            floating; of incomplete blocks they may hold anything finite. None computes them from k and v.
+        lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
+        cu_seqlens: int64 [N + 1], where packed sequences, perhaps empty, begin and end in one row (B = 1, Tq = Tk);
+            neither with `lengths` nor with `compressed`.
+        compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
         backend: "reference" or "blocked"; None takes the fastest.
 
     Returns:
-        The output [B, Tq, H, Dv] in the dtype of q, and the blocks that were selected, int64 [B, Tq, Hkv, n]: their
-        numbers within the sequence in rising order, then −1 where fewer exist. Scores, softmax and sums are in fp32, or
-        in fp64 for fp64; under autocast too. Gradients reach q, k, v, the gates and `compressed`; none passes through
-        the selection.
+        The output [B, Tq, H, Dv] in the dtype of q, and the selected blocks, int64 [B, Tq, Hkv, n]: their numbers in
+        the sequence in rising order, then −1 where fewer exist. All arithmetic is in fp32, or in fp64 for fp64; under
+        autocast too. Gradients reach q, k, v, the gates and `compressed`; none passes through the selection.
+        "blocked" takes O(Tq·(Tk/S + n·S + window)) time and O(Tk + Tq·n) memory for both passes.
 
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, number or backend does not fit.
-
-    With "blocked", O(Tq·(Tk/S + n·S + window)) time and O(Tk + Tq·n) memory for both passes. Each packed sequence is a
-    call of its own.
     """
     _check_rows(q, k, v, gates)
     _check_blocks(q, k, v, block_size, num_blocks, window, compressed)
     _check_sequences(q, k, lengths, cu_seqlens, compressed)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
-    run = BACKENDS[backend or "blocked"]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run, scale = _backend(backend), q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
         if cu_seqlens is not None:
             return _packed(run, q, k, v, gates, block_size, num_blocks, window, cu_seqlens, scale)
         return run(q, k, v, gates, block_size, num_blocks, window, lengths, compressed, scale)
+
+
+def _backend(name: str | None) -> Backend:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
+    return BACKENDS[name or "blocked"]
 
 
 # How many sequences there are is known only when it runs.
