@@ -30,8 +30,16 @@ SMALL_OPTIONS: dict[str, dict[str, Any]] = {
         "sinks": 2,
         "dropout": 0.0,
     },
+    "native_sparse_attention": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "block_size": 3,
+        "num_blocks": 4,
+        "window": 5,
+    },
 }
-"""Budgets and windows so small that a few dozen tokens make the budget bind."""
+"""Budgets, windows and blocks so small that a few dozen tokens make the budget bind and the choice of blocks matter."""
 
 
 def _small_config(*mixers: str, options: dict[str, dict[str, Any]] | None = None, **settings: Any) -> HybridConfig:

@@ -17,7 +17,7 @@ from holdfast.mixers.window_state import WindowState
 from holdfast.ops.retention import streaming_retention
 
 ModelFactory = Callable[..., HybridForCausalLM]
-ALL = ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction")
+ALL = ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction", "native_sparse_attention")
 
 PUBLISHED_1_4B = {
     "hidden_size": 2048,

@@ -17,6 +17,7 @@ ModelFactory = Callable[..., HybridForCausalLM]
 STACKS = [
     ("gated_deltanet", "learned_eviction"),
     ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction"),
+    ("native_sparse_attention",),
 ]
 NEW = 12
 

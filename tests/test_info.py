@@ -15,6 +15,7 @@ OPTIONS = {
     "learned_eviction": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window": 12, "budget": 5, "sinks": 1},
     "sliding_attention": {"num_heads": 2, "head_dim": 8, "window": 9},
     "full_attention": {"num_heads": 2, "head_dim": 8},
+    "native_sparse_attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 16, "num_blocks": 3},
 }
 
 
@@ -73,6 +74,13 @@ def test_flops_of_a_transformer_by_hand() -> None:
 def test_flops_stop_growing_where_memory_does() -> None:
     cost = describe_cost(small_config("gated_deltanet", "learned_eviction"), contexts=(4, 18, 10_000))
     assert cost.flops[4] < cost.flops[18] == cost.flops[10_000]  # window 12, the token itself, 5 slots
+
+
+def test_flops_of_sparse_attention_by_hand() -> None:
+    model = HybridForCausalLM(small_config("native_sparse_attention", layers=1))
+    maps, mlp, head = 32 * (32 + 16 + 16 + 32 + 12), 3 * 32 * 48, 32 * 50
+    for context, keys in ((10, 0 + 10 + 10), (100, 6 + 48 + 100), (10_000, 625 + 48 + 512)):
+        assert flops_per_token(model, context) == 2 * (maps + mlp + head + 2 * keys * 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

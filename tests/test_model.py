@@ -21,7 +21,7 @@ from holdfast import HybridCache, HybridConfig, HybridForCausalLM
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ModelFactory = Callable[..., HybridForCausalLM]
-ALL = ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction")
+ALL = ("gated_deltanet", "full_attention", "sliding_attention", "learned_eviction", "native_sparse_attention")
 
 
 def random_ids(batch: int = 2, length: int = 30, seed: int = 0) -> Tensor:

@@ -110,14 +110,17 @@ def test_weights_that_do_not_fit_are_named(published: Path, change: Callable[...
         ({"attn__routing_grad": False}, "routing_grad = False"),
         ({"attn__routing_shared": "all"}, "scorer_sharing must be 'head' or 'layer', got 'all'"),
         ({"attn__attn_type": "mamba"}, "attn_type 'mamba' is not known"),
-        ({"attn__attn_type": "nsa"}, "native_sparse_attention"),
+        (
+            {"attn__attn_type": "nsa", "attn__block_counts": 0},
+            "num_blocks must be at least 1, got 0",
+        ),
         ({"attn__layers": [1, 7]}, "names layer 7, but there are 4"),
         ({"attn__layers": None}, "section 'attn' lacks layers"),
         ({"attn__num_heads": None}, "attention section lacks num_heads"),
         ({"attn__sink_size": 99}, r"'learned_eviction': sinks \(99\)"),
         ({"num_heads": None}, "'gated_deltanet' needs the option num_heads"),
         ({"hidden_size": None}, "lacks hidden_size"),
-        ({"model_type": "nsa", "num_heads": 4}, "native_sparse_attention"),
+        ({"model_type": "nsa", "num_heads": 4, "qk_norm": True}, "qk_norm = True"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(published: Path, changes: dict[str, Any], error: str) -> None:
@@ -131,8 +134,40 @@ def test_other_formats_are_not_taken_for_published_ones() -> None:
         from_published({"model_type": "llama"})
 
 
+def test_published_sparse_models_load(tmp_path: Path) -> None:
+    """laNSA as published; and a pure model, whose settings stand beside those of the model itself."""
+    tensors = load_file(GOLDEN / "nsa.safetensors")
+    shutil.copyfile(GOLDEN / "nsa.config.json", tmp_path / "config.json")
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = HybridForCausalLM.from_pretrained(tmp_path)
+    prompt = tensors["input_ids"][:, : int(tensors["cache.prefill_len"])]
+    with torch.no_grad():
+        logits = model(prompt).logits
+    torch.testing.assert_close(logits, tensors["cache.prefill_logits"], atol=1e-4, rtol=0)
+
+    pure: dict[str, Any] = {"model_type": "nsa", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    pure |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "qkv_bias": False, "qk_norm": False}
+    pure |= {"rope_theta": 500.0, "tie_word_embeddings": False}
+    pure |= {"block_size": 4, "block_counts": 3, "window_size": None}
+    model = HybridForCausalLM(HybridConfig.from_dict(pure)).eval()
+    sparse = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "qkv_bias": False, "rope_theta": 500.0}
+    sparse |= {"block_size": 4, "num_blocks": 3, "window": 512}
+    assert model.config.mixers == ["native_sparse_attention"] * 2
+    assert model.config.mixer_options == {"native_sparse_attention": sparse}
+    model.save_pretrained(tmp_path / "ours")
+    made = convert(tmp_path / "ours", tmp_path / "pure", format="published")
+    written = json.loads((made / "config.json").read_text())
+    del pure["qk_norm"]
+    assert {key: written[key] for key in pure} == {**pure, "window_size": 512}
+    ids = prompt % 50
+    with torch.no_grad():
+        assert torch.equal(HybridForCausalLM.from_pretrained(made)(ids).logits, model(ids).logits)
+
+
 ATTENTION_0_4B = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 64}
 ATTENTION_1_4B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 64}
+SPARSE = {"num_heads": 32, "num_kv_heads": 2, "block_size": 64, "num_blocks": 16, "window": 512}
 CONTROLLER = {"sharing": "head", "initial": 1e-9, "interval": 32, "tolerance": [0.95, 1.0]}
 
 
@@ -145,6 +180,8 @@ CONTROLLER = {"sharing": "head", "initial": 1e-9, "interval": 32, "tolerance": [
         (["gated_deltanet", "sliding_attention"], {"window": 1024}),
         (["gated_deltanet", "learned_eviction"], {"window": 768, "budget": 512, "sinks": 4}),
         (["full_attention"], {}),
+        (["gated_deltanet", "native_sparse_attention"], SPARSE),
+        (["native_sparse_attention"], SPARSE),
     ],
     ids="+".join,
 )
@@ -165,7 +202,7 @@ def test_published_configurations_survive_the_round_trip(size: str, mixers: list
     assert to_published(HybridConfig.from_dict(there)) == there
 
 
-@pytest.mark.parametrize("name", ["gdn", "gdn_full", "gdn_swa", "lte_mha", "lte_stream"])
+@pytest.mark.parametrize("name", ["gdn", "gdn_full", "gdn_swa", "lte_mha", "lte_stream", "nsa"])
 def test_what_is_written_says_what_was_read(name: str) -> None:
     """Every published setting that both have is equal; null means the default that is now spelled out."""
     published = json.loads((GOLDEN / f"{name}.config.json").read_text())

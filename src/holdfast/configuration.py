@@ -17,6 +17,14 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
     "full_attention": {"num_heads": 16},
     "sliding_attention": {"num_heads": 16, "window": 1024},
     "learned_eviction": {"num_heads": 16, "window": 768, "budget": 512, "sinks": 4},
+    "native_sparse_attention": {
+        "num_heads": 32,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "block_size": 64,
+        "num_blocks": 16,
+        "window": 512,
+    },
 }
 """The published 0.4B sizes; used for mixers whose options a configuration does not give."""
 
@@ -40,7 +48,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "holdfast"
-    keys_to_ignore_at_inference = ["past_key_values", "retention", "lm_loss", "retention_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "retention", "selection", "lm_loss", "retention_loss"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 1024

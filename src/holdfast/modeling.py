@@ -117,7 +117,7 @@ class HybridBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
         mixed = self.attn(self.attn_norm(hidden), layout, state)
         hidden = hidden + mixed.hidden
-        return MixerOutput(hidden + self.mlp(self.mlp_norm(hidden)), mixed.scores)
+        return mixed._replace(hidden=hidden + self.mlp(self.mlp_norm(hidden)))
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -159,21 +159,27 @@ class HybridModel(HybridPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_selection: bool = False,
     ) -> HybridModelOutput:
         """Run the blocks. Arguments as in `HybridForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache, cu_seqlens, hidden)
         hidden, layout, order = self._arrange(hidden, attention_mask, cu_seqlens, cache)
         states = cache.layers if cache is not None else [None] * len(self.layers)
         every: list[Tensor] = []
         scores: list[Tensor] = []
+        selection: list[Tensor] = []
         for block, state in zip(self.layers, states, strict=True):
             every.append(hidden)
-            hidden, block_scores = block(hidden, layout, state)
+            hidden, block_scores, block_choice = block(hidden, layout, state)
             if block_scores is not None:
                 scores.append(block_scores)
+            if output_selection and block_choice is not None:
+                selection.append(block_choice)
         hidden = self.norm(hidden)
         if cache is not None:
             cache.advance(layout.length, layout.num_real)
@@ -183,6 +189,7 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values=cache,
             hidden_states=tuple(restore_order(h, order) for h in (*every, hidden)) if output_hidden_states else None,
             retention=retention,
+            selection=tuple(restore_order(blocks, order) for blocks in selection) if output_selection else None,
         )
 
     def _cache(
@@ -277,6 +284,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_selection: bool = False,
         return_dict: bool | None = None,
     ) -> HybridCausalLMOutput | tuple[Any, ...]:
         """Predict the next token at every column.
@@ -292,19 +300,15 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             cu_seqlens: [N + 1] integer offsets of documents packed into one row (B = 1, no mask, no cache).
             logits_to_keep: compute logits only for the last n columns (0: all), or for the columns in a 1-D tensor.
             output_attentions: refused. No attention matrix is ever formed; see `output.retention`.
+            output_selection: return the blocks that each query of native sparse attention read in full.
 
         Raises:
             ValueError: for arguments that exclude each other or do not fit.
         """
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError(
-                "attention weights cannot be returned: no attention matrix is ever formed. "
-                "What each head keeps is in output.retention."
-            )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        self._refuse_attentions(output_attentions)
+        returned = {"output_hidden_states": output_hidden_states, "output_selection": output_selection}
         outputs = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, output_hidden_states
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, **returned
         )
         columns = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, columns])
@@ -321,9 +325,17 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             retention=outputs.retention,
+            selection=outputs.selection,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    def _refuse_attentions(self, output_attentions: bool | None) -> None:
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "attention weights cannot be returned: no attention matrix is ever formed. "
+                "What each head keeps is in output.retention; output_selection=True gives what it selects."
+            )
 
     def _retention_loss(self, retention: RetentionOutput | None, like: Tensor) -> Tensor:
         if retention is None:

@@ -1,6 +1,6 @@
 """What the models return.
 
-Shapes: B batch, T tokens, V vocabulary, L layers with a retention scorer, Hkv key/value heads.
+Shapes: B batch, T tokens, V vocabulary, L layers with a retention scorer, Hkv key/value heads, n selected blocks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class HybridModelOutput(ModelOutput):
     past_key_values: HybridCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     retention: RetentionOutput | None = None
+    selection: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -51,6 +52,8 @@ class HybridCausalLMOutput(ModelOutput):
         past_key_values: the cache, advanced.
         hidden_states: inputs of every block and the final norm's output, where asked for.
         retention: scores and kept counts of the LTE layers; None without such layers.
+        selection: where asked for, per layer of native sparse attention [B, T, Hkv, n] int64: the blocks of its
+            sequence that a query read in full, in rising order, −1 where there were fewer and at pads.
     """
 
     loss: Tensor | None = None
@@ -60,3 +63,4 @@ class HybridCausalLMOutput(ModelOutput):
     past_key_values: HybridCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     retention: RetentionOutput | None = None
+    selection: tuple[Tensor, ...] | None = None

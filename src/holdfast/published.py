@@ -104,7 +104,7 @@ def _attention(
         controller = {ours: section[theirs] for theirs, ours in CONTROLLER_KEYS.items() if theirs in section}
         return "learned_eviction", options, controller
     if kind == "nsa":
-        options |= {ours: section[theirs] for theirs, ours in NSA_KEYS.items() if theirs in section}
+        options |= {ours: section[theirs] for theirs, ours in NSA_KEYS.items() if section.get(theirs) is not None}
         return "native_sparse_attention", options, {}
     if kind is not None:
         raise ValueError(f"attn_type {kind!r} is not known; known: lte, nsa, or none")

@@ -9,7 +9,8 @@ from matplotlib.image import imread
 
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.data.needle import NeedleTask
-from holdfast.evaluation.retention import COLOURS, LayerRetention, needle_kinds, plot_kept_tokens, retention_map
+from holdfast.evaluation.retention import LayerRetention, plot_kept_tokens, retention_map
+from holdfast.evaluation.token_rows import COLOURS, needle_kinds
 from holdfast.ops.retention import streaming_retention
 
 WINDOW, BUDGET, SINKS = 12, 7, 2

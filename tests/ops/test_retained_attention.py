@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from retained_attention_inputs import KINDS, outputs_and_gradients, tensors, visibility
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.ops.retained_attention import BACKENDS, FOREVER, blocked, retained_attention
@@ -250,22 +249,6 @@ def test_operators_are_registered_as_pytorch_asks(kind: str, heads: int) -> None
     out, log_sum = torch.ops.holdfast.retained_attention_tiled(*detached, *arguments[3:])
     backward = (*detached, arguments[3], out, log_sum, torch.ones_like(out), 4, 0.3)
     torch.library.opcheck(torch.ops.holdfast.retained_attention_tiled_backward, backward)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                # Storage, because an expanded view takes no memory.
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 @pytest.mark.parametrize("kind", ["plain", "budget", "pads"])

@@ -64,7 +64,7 @@ def test_published_sizes_are_those_of_the_paper():
 
 def test_needle_baselines_differ_from_lalte_in_the_mixer_only():
     lalte = load_recipe("needle-lalte")
-    for name in ("needle-gdn", "needle-gdn-swa", "needle-gdn-full"):
+    for name in ("needle-gdn", "needle-gdn-swa", "needle-gdn-full", "needle-lansa"):
         recipe = load_recipe(name)
         assert recipe.model["mixers"] != lalte.model["mixers"]
         assert (recipe.training, recipe.data) == (lalte.training, lalte.data)

@@ -9,8 +9,8 @@ from holdfast.cli.parsing import parse
 from holdfast.demo.settings import DemoSettings
 
 DESCRIPTION = """\
-Train four small models on this machine (Gated DeltaNet alone, with a sliding window, with learned eviction, with full
-attention), and compare how well they recall what they read, and what their memory costs.
+Train five small models on this machine (Gated DeltaNet alone, with a sliding window, with learned eviction, with native
+sparse attention, with full attention), and compare how well they recall what they read, and what their memory costs.
 
 examples:
   holdfast demo

@@ -33,7 +33,7 @@ def check_claim(results: Mapping[str, Measurement]) -> Claim:
     """Compare accuracy beyond the window: laLTE should be near full attention, and the other two clearly below it.
 
     Args:
-        results: measurements by recipe name, all four.
+        results: measurements by recipe name, all of `TITLES`; laNSA takes no part in the claim.
 
     Raises:
         ValueError: if no answer lies beyond the window.

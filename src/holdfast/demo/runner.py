@@ -17,7 +17,9 @@ from holdfast.demo.settings import SLOWEST_FIRST, TITLES, DemoSettings
 from holdfast.demo.training import train_all
 from holdfast.evaluation.answering import answer_questions
 from holdfast.evaluation.needle import plot_accuracy_by_distance
-from holdfast.evaluation.retention import needle_kinds, plot_kept_tokens, retention_map
+from holdfast.evaluation.retention import plot_kept_tokens, retention_map
+from holdfast.evaluation.selection import plot_selected_blocks, selection_map
+from holdfast.evaluation.token_rows import needle_kinds
 from holdfast.files import write_json
 from holdfast.machine import available_cores, describe_machine
 from holdfast.modeling import HybridForCausalLM
@@ -34,10 +36,10 @@ class DemoFolderError(RuntimeError):
 
 
 def run_demo(settings: DemoSettings, console: Console, progress: Console) -> dict[str, Any]:
-    """Train the four models, measure them, show a table and an answer, and write everything down.
+    """Train the models, measure them, show a table and an answer, and write everything down.
 
     Files, in `settings.output`: the four runs under the names of their recipes, logs/, results.json,
-    accuracy_by_distance.png and kept_tokens.png.
+    accuracy_by_distance.png, kept_tokens.png and selected_blocks.png.
 
     Args:
         settings: what was chosen.
@@ -71,6 +73,8 @@ def run_demo(settings: DemoSettings, console: Console, progress: Console) -> dic
     model = HybridForCausalLM.from_pretrained(settings.output / "needle-lalte")
     task = _task(recipes["needle-lalte"])
     _draw_kept(model, task, settings.output / "kept_tokens.png")
+    sparse = HybridForCausalLM.from_pretrained(settings.output / "needle-lansa")
+    _draw_selected(sparse, task, settings.output / "selected_blocks.png")
     written = _results(settings, recipes, results, claim, time.monotonic() - started)
     write_json(settings.output / RESULTS, written)
     _show(model, task, results, claim, settings, console)
@@ -113,6 +117,17 @@ def _draw_kept(model: HybridForCausalLM, task: NeedleTask, path: Path) -> None:
     plot_kept_tokens(
         retention_map(model, ids), needle_kinds(task, ids.tolist()), path, title="What laLTE holds after one sample"
     )
+
+
+def _draw_selected(model: HybridForCausalLM, task: NeedleTask, path: Path) -> None:
+    """What the first question reads whose answer lies beyond the window, or the last one."""
+    sample = task.sample(HELD_OUT_SEED, 1)
+    distance = sample["distance"][0]
+    beyond = (distance > task.window).nonzero().flatten()
+    answer = int(beyond[0] if len(beyond) else distance.nonzero()[-1])
+    ids = sample["input_ids"][0, :answer]
+    title = f"What laNSA reads when it is asked for a value {int(distance[answer])} tokens ago"
+    plot_selected_blocks(selection_map(model, ids), needle_kinds(task, ids.tolist()), path, title=title)
 
 
 def _results(

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["device_of", "evaluating", "perplexity"]
+__all__ = ["device_of", "evaluating", "one_sequence", "perplexity"]
 
 
 @contextlib.contextmanager
@@ -27,6 +27,18 @@ def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter; the CPU for a model without parameters."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def one_sequence(input_ids: Tensor) -> Tensor:
+    """`input_ids` [T] or [1, T] as [1, T].
+
+    Raises:
+        ValueError: if there is more than one sequence.
+    """
+    ids = input_ids.reshape(1, -1) if input_ids.dim() == 1 else input_ids
+    if ids.shape[0] != 1:
+        raise ValueError(f"input_ids holds {ids.shape[0]} sequences; give one.")
+    return ids
 
 
 def perplexity(mean_nll: float) -> float:

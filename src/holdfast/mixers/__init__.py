@@ -7,6 +7,7 @@ from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer
 from holdfast.mixers.gated_deltanet import GatedDeltaNet
 from holdfast.mixers.layout import TokenLayout
 from holdfast.mixers.learned_eviction import LearnedEviction
+from holdfast.mixers.native_sparse_attention import NativeSparseAttention
 from holdfast.mixers.softmax_attention import FullAttention, SlidingAttention
 from holdfast.mixers.state import MixerState
 
@@ -15,6 +16,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "full_attention": FullAttention,
     "sliding_attention": SlidingAttention,
     "learned_eviction": LearnedEviction,
+    "native_sparse_attention": NativeSparseAttention,
 }
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "MixerOptions",
     "MixerOutput",
     "MixerState",
+    "NativeSparseAttention",
     "SlidingAttention",
     "TokenLayout",
     "TokenMixer",

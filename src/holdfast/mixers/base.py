@@ -38,10 +38,17 @@ class MixerOptions:
 
 
 class MixerOutput(NamedTuple):
-    """What a mixer gives back: `hidden` [B, T, hidden_size], and retention scores s [B, T, Hkv] fp32 if it has any."""
+    """What a mixer gives back.
+
+    Attributes:
+        hidden: [B, T, hidden_size].
+        scores: retention scores s [B, T, Hkv] fp32, of a mixer that evicts.
+        blocks: numbers of the blocks that each query read in full, [B, T, Hkv, n] int64, of a mixer that selects.
+    """
 
     hidden: Tensor
     scores: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 class TokenMixer(nn.Module, ABC):
