@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
     from holdfast.training.recipe import Recipe
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def output_console() -> Console:
     """Standard output; into a file or a pipe wide enough for every table."""

@@ -74,12 +74,13 @@ class LearnedEviction(SoftmaxAttention):
     """Attention over the window and over the pairs that a trained scorer chose to keep.
 
     In evaluation the store has `budget` slots; in training every pair with a positive score stays. One pass, a
-    prefill in chunks and decoding give the same result.
+    prefill in chunks and decoding give the same result. With a cache a layer always does as in evaluation: its store
+    has `budget` slots, and `eviction`, `training_budget` and `exploration` are not read.
 
     Attributes:
         router: the scorer (its published name).
-        eviction: False lets every query see everything while training, and teaches the scorer nothing (a schedule
-            switches it on).
+        eviction: False lets every query see everything while training, and gives the scorer gradients of zero, from
+            the penalty too (a schedule switches it on).
         training_budget: slots of the store in training, so that what is kept is decided by rank; None: no cap.
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
     """
@@ -127,7 +128,10 @@ class LearnedEviction(SoftmaxAttention):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout) -> MixerOutput:
         """All tokens at once, without a cache."""
         scores = self._score(features, layout)
-        v = self._teaching(v, scores)
+        if self.training and not self.eviction:
+            scores = scores.detach() + 0 * scores  # in the graph still, as DistributedDataParallel asks
+        else:
+            v = self._teaching(v, scores)
         visible_until = confine(self._retention(scores, layout), layout)
         out = retained_attention(q, k, v, visible_until, self.options.window)
         return MixerOutput(self.output(out), scores)
@@ -164,9 +168,8 @@ class LearnedEviction(SoftmaxAttention):
         return MixerOutput(self.output(out.unsqueeze(1)), pending)
 
     def _teaching(self, v: Tensor, scores: Tensor) -> Tensor:
-        """The values, unchanged; their gradients also reach the scores where the scores decide something."""
-        decides = self.eviction or not self.training
-        return straight_through(v, scores) if decides and torch.is_grad_enabled() and scores.requires_grad else v
+        """The values, unchanged; their gradients also reach the scores."""
+        return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
 
     def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
