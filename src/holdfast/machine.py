@@ -25,7 +25,8 @@ def describe_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
+        # Without the suffix, by which hosts name kernels of their own.
+        "platform": f"{platform.system()} {platform.release().partition('-')[0]}",
         "architecture": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
