@@ -23,7 +23,7 @@ SLOWEST_FIRST = ("needle-lansa", "needle-lalte", "needle-gdn-full", "needle-gdn-
 """The order of training: the longest run must not begin last."""
 
 SHORT_STEPS = 300
-"""Optimizer steps of a shortened run: five models in three minutes on two cores."""
+"""Optimizer steps of a shortened run: five models in about two minutes on two cores."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DemoSettings:
     """
 
     short: bool = False
-    """Train for three minutes only; the table says so."""
+    """Train for about two minutes only; the table says so."""
     output: Path = Path("runs/demo")
     """Where everything is written. What an earlier demo wrote there is replaced; a folder of something else is not."""
     seed: int = 0
