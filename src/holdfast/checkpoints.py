@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from huggingface_hub import snapshot_download
 
+from holdfast.configuration import AUTO_FILE
 from holdfast.loading import PICKLE_PATTERNS
 from holdfast.modeling import HybridForCausalLM
 from holdfast.published import to_published
@@ -71,6 +72,7 @@ def convert(
         made = Path(scratch) / "new"
         model.save_pretrained(made)
         if published is not None:
+            (made / AUTO_FILE).unlink()
             (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
         for path in (path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()):
             shutil.copyfile(path, made / path.name)

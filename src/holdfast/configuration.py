@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from holdfast.files import replacing
 from holdfast.mixers import MIXERS, MixerOptions
 from holdfast.published import PUBLISHED_TYPES, from_published
 
@@ -27,6 +30,16 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """The published 0.4B sizes; used for mixers whose options a configuration does not give."""
+
+AUTO_FILE = "holdfast_auto.py"
+AUTO_CODE = '''"""For transformers' Auto classes with trust_remote_code=True; the code is in the package holdfast."""
+
+from holdfast import HybridConfig, HybridForCausalLM
+
+__all__ = ["HybridConfig", "HybridForCausalLM"]
+'''
+"""Saved beside every configuration, so that programs that do not import holdfast can load the model where it is
+installed."""
 
 
 @strict
@@ -107,6 +120,21 @@ class HybridConfig(PreTrainedConfig):
             options = MIXERS[name].Options.from_mapping(name, {**values, "head_dim": self.hidden_size // heads})
         resolved = dataclasses.asdict(options)  # type: ignore[call-overload]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in resolved.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Write `config.json`, and beside it the few lines by which the Auto classes find this package."""
+        module = AUTO_FILE.removesuffix(".py")
+        self.auto_map = {
+            "AutoConfig": f"{module}.HybridConfig",
+            "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
+        }
+        with replacing(Path(save_directory) / AUTO_FILE) as temporary:
+            temporary.write_text(AUTO_CODE, encoding="utf-8")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *_: Any, **__: Any) -> None:
+        """Nothing: source files need not be copied beside a checkpoint (see `save_pretrained`)."""
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

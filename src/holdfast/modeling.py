@@ -69,6 +69,10 @@ class HybridPreTrainedModel(PreTrainedModel):
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, *_: Any, **__: Any) -> None:
+        """Nothing, as for `HybridConfig`."""
+
 
 class RMSNorm(nn.Module):
     """x · weight / √(mean(x²) + eps) over the last dimension, computed in fp32."""

@@ -1,4 +1,4 @@
-"""`holdfast evaluate needle` and `holdfast evaluate perplexity`."""
+"""`holdfast evaluate`: needle, perplexity, and lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ examples:
   holdfast evaluate needle runs/needle-lalte runs/needle-gdn --plot accuracy.png
   holdfast evaluate needle runs/needle-lalte --length 1024 --pairs 32
   holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048
+  holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
+
+`lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
 """
 
 
@@ -146,7 +149,20 @@ EVALUATIONS = (
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one of the evaluations."""
+    if arguments and arguments[0] == "lm-eval":  # whose options are not known here
+        return _lm_eval(arguments[1:])
     parse(EVALUATIONS, arguments or ["--help"], prog="holdfast evaluate", description=DESCRIPTION).run()
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise UsageError("Give the model first: `holdfast evaluate lm-eval MODEL_DIR --tasks TASKS [OPTIONS]`.")
+    try:
+        from holdfast.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed; `pip install 'holdfast[eval]'` brings it.") from error
+    asks = arguments[0] in ("-h", "--help")
+    run_harness("MODEL_DIR" if asks else str(model_directory(arguments[0])), ["--help"] if asks else arguments[1:])
 
 
 def _show_needle(results: dict[str, NeedleResult]) -> None:

@@ -1,0 +1,123 @@
+"""The model in lm-evaluation-harness says what the model itself says, in batches with pads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from holdfast import HybridForCausalLM
+from holdfast.cli import main
+from holdfast.data.text import byte_tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'holdfast[eval]'")
+
+PAIRS = [
+    ("The cat sat", " on the mat"),
+    ("a", "b"),
+    ("Once upon a time there was", " a"),
+    ("It is", " not so, he said"),
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{cache_dir: {folder}/cache, data_files: {{test: {folder}/samples.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+{more}
+"""
+GENERATION = """doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"""
+CHOICE = """doc_to_choice: [" cold", " hot"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
+
+
+@pytest.fixture
+def checkpoint(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> Path:
+    model = small_model("gated_deltanet", "learned_eviction", vocab_size=259, max_position_embeddings=64)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def harness(checkpoint: Path) -> Any:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    return HoldfastLM(pretrained=str(checkpoint), batch_size=3, device="cpu", dtype="float32")
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, argument, index) for index, argument in enumerate(arguments)]
+
+
+def log_probability(model: HybridForCausalLM, before: list[int], after: list[int]) -> tuple[float, bool]:
+    """Of `after`, and whether greedy search would say it, from one sequence without pads or cache."""
+    ids = torch.tensor([before + after])
+    with torch.no_grad():
+        scores = F.log_softmax(model(ids, use_cache=False).logits[0, len(before) - 1 : -1], dim=-1)
+    wanted = torch.tensor(after)
+    return float(scores.gather(1, wanted[:, None]).sum()), bool((scores.argmax(-1) == wanted).all())
+
+
+def test_log_likelihoods(harness: Any, checkpoint: Path) -> None:
+    model, tokenizer = HybridForCausalLM.from_pretrained(checkpoint).eval(), byte_tokenizer()
+    found = harness.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    for (context, continuation), (log_likelihood, greedy) in zip(PAIRS, found, strict=True):
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)]
+        expected, likeliest = log_probability(model, *encoded)
+        assert log_likelihood == pytest.approx(expected, abs=1e-3)
+        assert greedy is likeliest
+    texts = ["It was the best of times,", "x"]
+    rolling = harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in texts]), disable_tqdm=True)
+    for text, log_likelihood in zip(texts, rolling, strict=True):
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        assert log_likelihood == pytest.approx(log_probability(model, [harness.prefix_token_id], encoded)[0], abs=1e-3)
+
+
+def test_generation_in_batches_of_different_lengths(harness: Any, checkpoint: Path) -> None:
+    model, tokenizer = HybridForCausalLM.from_pretrained(checkpoint).eval(), byte_tokenizer()
+    settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
+    found = harness.generate_until(
+        requests("generate_until", [(c, dict(settings)) for c, _ in PAIRS]), disable_tqdm=True
+    )
+    for (context, _), text in zip(PAIRS, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(context, add_special_tokens=False)])
+        with torch.no_grad():
+            new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_command_runs_local_tasks(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, kind, more in (("say", "generate_until", GENERATION), ("choose", "multiple_choice", CHOICE)):
+        task = TASK.format(name=name, folder=tmp_path, kind=kind, more=more)
+        (tmp_path / f"tasks/{name}.yaml").write_text(task)
+    samples = [{"question": f"Not {word} but", "answer": " hot"} for word in ("cold", "warm", "blue", "dry")]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    options = (
+        f"--include_path {tmp_path}/tasks --tasks say,choose --batch_size 2 --device cpu --output_path {tmp_path}/out"
+    )
+    assert main(["evaluate", "lm-eval", str(checkpoint), *options.split()]) == 0
+    (written,) = tmp_path.glob("out/**/results_*.json")
+    found = json.loads(written.read_text())
+    assert found["config"]["model"] == "holdfast"
+    for name, metric in (("say", "exact_match,none"), ("choose", "acc,none")):
+        assert 0 <= found["results"][name][metric] <= 1
+        assert found["n-samples"][name]["effective"] == 4
+
+
+def test_no_model_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "lm-eval", str(tmp_path / "nowhere"), "--tasks", "opposite"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["evaluate", "lm-eval", "--tasks", "opposite"]) == 2
+    assert "MODEL_DIR" in capsys.readouterr().err

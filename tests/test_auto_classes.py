@@ -1,0 +1,42 @@
+"""Checkpoints load through transformers' Auto classes in programs that know nothing of holdfast."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from holdfast import HybridForCausalLM
+from holdfast.checkpoints import convert
+from holdfast.configuration import AUTO_FILE
+
+PROGRAM = """
+import sys
+from transformers import AutoModelForCausalLM
+assert "holdfast" not in sys.modules
+source, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+model.save_pretrained(target)
+print(type(model).__module__, type(model).__name__)
+"""
+
+
+def test_loading_where_holdfast_is_not_imported(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> None:
+    source, target, modules = (tmp_path / name for name in ("source", "target", "modules"))
+    small_model("gated_deltanet", "learned_eviction").save_pretrained(source)
+    command = [sys.executable, "-c", PROGRAM, str(source), str(target)]
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["holdfast.modeling", "HybridForCausalLM"]
+    assert {path.name for path in target.glob("*.py")} == {AUTO_FILE}  # no sources are copied
+    assert (target / "config.json").read_text() == (source / "config.json").read_text()
+
+
+def test_the_published_format_has_none_of_it(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    small_model("gated_deltanet", "learned_eviction").save_pretrained(source)
+    convert(source, target, format="published")
+    assert not (target / AUTO_FILE).exists()
+    assert "auto_map" not in json.loads((target / "config.json").read_text())
