@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train a model by a recipe, or continue where a run stopped.",
     "evaluate": "Measure trained models: recall of needles by distance, or perplexity of text.",
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
+    "inspect": "Write a page that shows what a model keeps of a text, step by step.",
     "convert": "Rewrite a checkpoint in this library's or in the published format.",
     "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
     "kernels": "Compile every shipped Triton kernel ahead of time, and show registers, spills and shared memory.",

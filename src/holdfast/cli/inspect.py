@@ -1,0 +1,100 @@
+"""`holdfast inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from holdfast.cli.common import model_directory, output_console, read_model, read_task
+from holdfast.cli.errors import UsageError
+from holdfast.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DESCRIPTION = """\
+Write a page that shows what a model holds at every step of a text: tokens coloured by retention score, per layer and
+head; what is in the window, what in the store, what was dropped and when; for laNSA the blocks that are read. The page
+opens in any browser, without network.
+
+examples:
+  holdfast inspect runs/books-lalte "It was the best of times, it was the worst of times"
+  holdfast inspect runs/books-lalte --file chapter.txt --output chapter.html
+  holdfast inspect runs/demo/needle-lalte --needle
+"""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Look into a model."""
+
+    model: tyro.conf.Positional[str]
+    """Directory of a trained model."""
+    prompt: tyro.conf.Positional[str | None] = None
+    """Text to read."""
+    file: Path | None = None
+    """File with the text to read."""
+    needle: bool = False
+    """Read a sample of the model's needle task."""
+    seed: int = 0
+    """Of the sample."""
+    max_tokens: int = 4096
+    """Longer texts are cut, for the page grows with them."""
+    output: Path = Path("inspect.html")
+    """Page to write; one that is there is replaced."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        given = [self.prompt is not None, self.file is not None, self.needle]
+        if sum(given) != 1:
+            raise UsageError("Give one thing to read: a PROMPT, --file FILE or --needle.")
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens is {self.max_tokens}; give at least 1.")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, read and write the page."""
+    settings = parse(Inspect, arguments or ["--help"], prog="holdfast inspect", description=DESCRIPTION)
+    directory = model_directory(settings.model)
+
+    from holdfast.evaluation.inspection import inspect_sequence, write_inspection
+
+    ids, tokens = _needle(settings, directory) if settings.needle else _text(settings, directory)
+    layers = inspect_sequence(read_model(directory, settings.dtype), ids)
+    page = write_inspection(layers, tokens, settings.output, title=f"{directory}: {len(tokens):,} tokens")
+    output_console().print(f"Open {page} in a browser.", soft_wrap=True)
+
+
+def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
+    task = read_task(directory)
+    ids = task.sample(settings.seed, 1)["input_ids"][:, : settings.max_tokens]
+    return ids, [f"{word} " for word in task.describe(ids[0].tolist()).split()]
+
+
+def _text(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
+    if not (directory / "tokenizer.json").is_file():
+        raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text; try --needle.")
+
+    from holdfast.data.text import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(directory)
+    ids = tokenizer(_read(settings), return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise UsageError("The text is empty; give at least one character.")
+    if ids.shape[1] > settings.max_tokens:
+        output_console().print(f"Of {ids.shape[1]:,} tokens the first {settings.max_tokens:,} are read.")
+        ids = ids[:, : settings.max_tokens]
+    return ids, [tokenizer.decode([token]) for token in ids[0].tolist()]
+
+
+def _read(settings: Inspect) -> str:
+    if settings.file is None:
+        return settings.prompt or ""
+    try:
+        return settings.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{settings.file} cannot be read: {error}") from error
