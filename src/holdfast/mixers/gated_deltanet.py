@@ -100,19 +100,10 @@ class GatedDeltaNet(TokenMixer):
         past = state if isinstance(state, GatedDeltaNetState) else None
         if layout.real is not None:
             hidden = hidden.masked_fill(~layout.real.unsqueeze(2), 0)
-        q = self._convolve("q", self.q_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
-        k = self._convolve("k", self.k_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
-        v = self._convolve("v", self.v_proj(hidden), layout, past).unflatten(2, (-1, self.options.value_dim))
-        beta = torch.sigmoid(self.b_proj(hidden).float())
-        if self.options.allow_neg_eigval:
-            beta = beta * 2
-        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden).float() + self.dt_bias.float())
-        if layout.real is not None:  # a pad neither writes nor decays
-            beta = beta.masked_fill(~layout.real.unsqueeze(2), 0)
-            decay = decay.masked_fill(~layout.real.unsqueeze(2), 0)
+        q, k, v, decay, beta = self.recurrence(hidden, layout, past)
         out, recurrent = gated_delta_rule(
-            l2_norm(q),
-            l2_norm(k),
+            q,
+            k,
             v,
             decay,
             beta,
@@ -125,6 +116,25 @@ class GatedDeltaNet(TokenMixer):
             past.recurrent.copy_(recurrent)
         gate = self.g_proj(hidden).view_as(out)
         return MixerOutput(self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.norm_eps).flatten(2)))
+
+    def recurrence(
+        self, hidden: Tensor, layout: TokenLayout, past: GatedDeltaNetState | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What enters the delta rule: q, k [B, T, Hk, K] of length 1, v [B, T, Hv, V], log-decay and β [B, T, Hv] fp32.
+
+        `hidden` must be zero at pads. With `past` the convolutions read on from it and are written back.
+        """
+        q = self._convolve("q", self.q_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
+        k = self._convolve("k", self.k_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
+        v = self._convolve("v", self.v_proj(hidden), layout, past).unflatten(2, (-1, self.options.value_dim))
+        beta = torch.sigmoid(self.b_proj(hidden).float())
+        if self.options.allow_neg_eigval:
+            beta = beta * 2
+        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden).float() + self.dt_bias.float())
+        if layout.real is not None:  # a pad neither writes nor decays
+            beta = beta.masked_fill(~layout.real.unsqueeze(2), 0)
+            decay = decay.masked_fill(~layout.real.unsqueeze(2), 0)
+        return l2_norm(q), l2_norm(k), v, decay, beta
 
     def _convolve(self, name: str, x: Tensor, layout: TokenLayout, past: GatedDeltaNetState | None) -> Tensor:
         """The short convolution of the query, key or value channels, x [B, T, C], with what came before."""

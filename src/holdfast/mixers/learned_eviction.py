@@ -6,6 +6,7 @@ Token Eviction", arXiv 2510.20787; specification §3.3 to §3.6.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,12 +84,16 @@ class LearnedEviction(SoftmaxAttention):
             the penalty too (a schedule switches it on).
         training_budget: slots of the store in training, so that what is kept is decided by rank; None: no cap.
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
+        substitute: where it is set, it scores in place of the router, in passes without a cache (see
+            `holdfast.evaluation.scorers`): called with queries [B, T, H, D] and keys [B, T, Hkv, D] after RoPE, the
+            router's features [B, T, Hkv, 2D] and the layout, it returns scores [B, T, Hkv].
     """
 
     Options = LearnedEvictionOptions
     eviction: bool = True
     training_budget: int | None = None
     exploration: float = 0.0
+    substitute: Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor] | None = None
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
@@ -121,13 +126,16 @@ class LearnedEviction(SoftmaxAttention):
         q, k = self.rotate(q, layout), self.rotate(k, layout)
         if not isinstance(state, WindowState):
             return self._whole(q, k, v, features, layout)
+        if self.substitute is not None:
+            raise ValueError("a substitute for the scorer works in one pass only; pass use_cache=False.")
         if layout.length == 1 and not layout.fresh:
             return self._step(q, k, v, features, layout, state)
         return self._chunk(q, k, v, features, layout, state)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout) -> MixerOutput:
         """All tokens at once, without a cache."""
-        scores = self._score(features, layout)
+        substitute = self.substitute
+        scores = self.score(features, layout) if substitute is None else substitute(q, k, features, layout)
         if self.training and not self.eviction:
             scores = scores.detach() + 0 * scores  # in the graph still, as DistributedDataParallel asks
         else:
@@ -171,7 +179,7 @@ class LearnedEviction(SoftmaxAttention):
         """The values, unchanged; their gradients also reach the scores."""
         return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
 
-    def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
+    def score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
         reach = self.router.reach
         if layout.cu_seqlens is None:

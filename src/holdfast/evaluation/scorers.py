@@ -1,0 +1,242 @@
+"""Who decides what the store keeps: the trained scorer, and others at the same budget.
+
+Each scorer of `SCORERS` gives every pair a score above 0, of which only the order counts: the store holds the best
+`budget` pairs at every step. So all are compared at the same memory, on a trained model and without further training.
+`scoring` puts one into a model:
+
+    with scoring(model, "value_norm", budget=64):
+        result = evaluate_needle(model, task)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from holdfast.mixers import GatedDeltaNet, LearnedEviction
+from holdfast.mixers.layout import TokenLayout
+from holdfast.modeling import HybridForCausalLM
+from holdfast.ops.gated_delta_rule import gated_delta_rule
+
+__all__ = ["SCORERS", "Scorer", "compare_scorers", "scoring"]
+
+Result = TypeVar("Result")
+
+SMALLEST = torch.finfo(torch.float32).tiny
+_QUERIES = 256  # of a tile of accumulated attention
+
+
+class Scorer:
+    """Scores the pairs of one layer of learned eviction, in one pass over whole sequences.
+
+    Args:
+        layer: the layer that keeps or drops.
+        before: the nearest layer of Gated DeltaNet before it, if there is one.
+    """
+
+    def __init__(self, layer: LearnedEviction, before: GatedDeltaNet | None) -> None:
+        self.layer = layer
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        """Scores [B, T, Hkv] fp32 from what `LearnedEviction.substitute` is given."""
+        raise NotImplementedError
+
+    def watch(self) -> list[RemovableHandle]:
+        """Hooks that the scorer needs while it is in the model."""
+        return []
+
+    @staticmethod
+    def require_whole_rows(layout: TokenLayout) -> None:
+        """Refuse pads and packed documents, for scorers that look from token to token."""
+        if layout.real is not None or layout.cu_seqlens is not None:
+            raise ValueError("this scorer reads rows of whole sequences; give them without pads and not packed.")
+
+    def halves(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, fp32 [B, T, Hkv, D] each."""
+        keys, values = features.float().chunk(2, dim=-1)
+        return keys, values
+
+
+class Trained(Scorer):
+    """The scorer that the model was trained with, without its threshold (LTE)."""
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        return self.layer.score(features, layout) + self.layer.router.threshold
+
+
+class AccumulatedAttention(Scorer):
+    """The attention that a key has received when it leaves the window, summed over queries and the heads of its group.
+
+    After H2O (Zhang et al., arXiv 2306.14048), with weights that are normalised over the window. O(T · w) time.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        self.require_whole_rows(layout)
+        window, length, scale = self.layer.options.window, k.shape[1], k.shape[-1] ** -0.5
+        grouped = q.unflatten(2, (k.shape[2], -1)).float()  # [B, T, Hkv, G, D]
+        received = k.new_zeros(k.shape[:3], dtype=torch.float32)
+        for first in range(0, length, _QUERIES):
+            queries = slice(first, min(first + _QUERIES, length))
+            keys = slice(max(0, first - window), queries.stop)
+            logits = torch.einsum("bihgd,bjhd->bhgij", grouped[:, queries], k[:, keys].float()) * scale
+            age = torch.arange(queries.start, queries.stop, device=k.device)[:, None]
+            age = age - torch.arange(keys.start, keys.stop, device=k.device)
+            weights = logits.masked_fill((age < 0) | (age > window), -torch.inf).softmax(-1)
+            received[:, keys] += weights.sum((2, 3)).transpose(1, 2)
+        return received.clamp(min=SMALLEST)
+
+
+class WriteMagnitude(Scorer):
+    """β‖e‖ of the preceding layer of Gated DeltaNet: how much it had to change its state for a token.
+
+    e = v − kᵀS is the error of the decayed state before the write; the norms are averaged over the heads. O(T) time.
+    """
+
+    def __init__(self, layer: LearnedEviction, before: GatedDeltaNet | None) -> None:
+        super().__init__(layer, before)
+        if before is None:
+            raise ValueError("write_magnitude needs a layer of Gated DeltaNet before the one that evicts.")
+        self.before = before
+        self.magnitude: Tensor | None = None
+
+    def watch(self) -> list[RemovableHandle]:
+        return [self.before.register_forward_pre_hook(self._measure, with_kwargs=True)]
+
+    def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("hidden", "layout"), args, strict=False)) | kwargs
+        self.require_whole_rows(given["layout"])
+        _, k, v, decay, beta = self.before.recurrence(given["hidden"], given["layout"])
+        # The state after token t, read with the key of token t + 1: all that is known of it before it is written.
+        following = torch.cat([k[:, 1:], torch.zeros_like(k[:, :1])], dim=1)
+        read, _ = gated_delta_rule(following, k, v, decay, beta, scale=1.0)
+        known = torch.cat([torch.zeros_like(v[:, :1]), read[:, :-1]], dim=1)
+        error = v.float() - decay.exp().unsqueeze(-1) * known.float()
+        self.magnitude = (beta * error.norm(dim=-1)).mean(-1)
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        assert self.magnitude is not None
+        return self.magnitude.unsqueeze(-1).expand(k.shape[:3]).clamp(min=SMALLEST)
+
+
+class KeyNorm(Scorer):
+    """‖k‖, small ones first to stay: they were found to attract attention (Devoto et al., arXiv 2406.11430)."""
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        return 1 / self.halves(features)[0].norm(dim=-1).clamp(min=SMALLEST)
+
+
+class ValueNorm(Scorer):
+    """‖v‖, large ones first to stay."""
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        return self.halves(features)[1].norm(dim=-1).clamp(min=SMALLEST)
+
+
+class Recency(Scorer):
+    """The latest pairs stay, as if the window were longer by the budget."""
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        return (layout.token_positions + 1).float().unsqueeze(-1).expand(k.shape[:3])
+
+
+class Random(Scorer):
+    """Scores drawn anew in each pass, from PyTorch's generator."""
+
+    def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        return torch.rand(k.shape[:3], device=k.device).clamp(min=SMALLEST)
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    "trained": Trained,
+    "accumulated_attention": AccumulatedAttention,
+    "write_magnitude": WriteMagnitude,
+    "key_norm": KeyNorm,
+    "value_norm": ValueNorm,
+    "recency": Recency,
+    "random": Random,
+}
+"""Scorers by name; a further one is a class and a line here."""
+
+
+@contextlib.contextmanager
+def scoring(model: HybridForCausalLM, scorer: str, budget: int) -> Iterator[None]:
+    """Let `scorer` decide what the model's stores keep, `budget` pairs per head; afterwards all is as it was.
+
+    For passes without a cache. Sinks stay, and count.
+
+    Args:
+        model: with at least one layer of learned eviction.
+        scorer: a name in `SCORERS`.
+        budget: slots of each store, sinks included.
+
+    Raises:
+        ValueError: the scorer is unknown, the model has no such layer or not what the scorer needs, or the budget is
+            smaller than the number of sinks.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"no scorer is named {scorer!r}; there are {', '.join(SCORERS)}.")
+    layers = _layers(model)
+    if not layers:
+        raise ValueError("the model has no layer of learned eviction, so nothing is scored.")
+    scorers = [SCORERS[scorer](layer, before) for layer, before in layers]
+    options = [layer.options for layer, _ in layers]
+    changed = [dataclasses.replace(option, budget=budget) for option in options]
+    handles: list[RemovableHandle] = []
+    try:
+        for (layer, _), mine, option in zip(layers, scorers, changed, strict=True):
+            layer.substitute, layer.options = mine, option
+            handles += mine.watch()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for (layer, _), option in zip(layers, options, strict=True):
+            layer.substitute, layer.options = None, option
+
+
+def _layers(model: HybridForCausalLM) -> list[tuple[LearnedEviction, GatedDeltaNet | None]]:
+    """The layers that evict, each with the nearest linear layer before it."""
+    found, before = [], None
+    for block in model.model.layers:
+        if isinstance(block.attn, GatedDeltaNet):
+            before = block.attn
+        elif isinstance(block.attn, LearnedEviction):
+            found.append((block.attn, before))
+    return found
+
+
+def compare_scorers(
+    model: HybridForCausalLM,
+    measure: Callable[[], Result],
+    *,
+    scorers: Sequence[str] = tuple(SCORERS),
+    budgets: Sequence[int],
+    seed: int = 0,
+) -> Iterator[tuple[str, int, Result]]:
+    """Measure the model with each scorer at each budget.
+
+    Args:
+        model: with at least one layer of learned eviction.
+        measure: what to measure; it reads the model without a cache, such as `evaluate_needle` does.
+        scorers: names in `SCORERS`.
+        budgets: slots per head.
+        seed: of PyTorch's generator before each measurement, for the random scorer.
+
+    Yields:
+        Scorer, budget and what `measure` returned, one by one.
+
+    Raises:
+        ValueError: as `scoring`.
+    """
+    for budget in budgets:
+        for scorer in scorers:
+            torch.manual_seed(seed)
+            with scoring(model, scorer, budget):
+                result = measure()
+            yield scorer, budget, result
