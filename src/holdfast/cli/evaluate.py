@@ -12,6 +12,7 @@ from rich.table import Table
 
 from holdfast.cli.common import model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate_scorers import Scorers
 from holdfast.cli.parsing import parse
 from holdfast.files import write_json
 
@@ -143,7 +144,9 @@ class Perplexity:
 
 
 EVALUATIONS = (
-    Annotated[Needle, tyro.conf.subcommand("needle")] | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+    Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+    | Annotated[Scorers, tyro.conf.subcommand("scorers")]
 )
 
 

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from matplotlib.ticker import ScalarFormatter
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,8 +27,9 @@ from holdfast.mixers import GatedDeltaNet, LearnedEviction
 from holdfast.mixers.layout import TokenLayout
 from holdfast.modeling import HybridForCausalLM
 from holdfast.ops.gated_delta_rule import gated_delta_rule
+from holdfast.pictures import picture
 
-__all__ = ["SCORERS", "Scorer", "compare_scorers", "scoring"]
+__all__ = ["SCORERS", "Scorer", "compare_scorers", "plot_comparison", "scoring"]
 
 Result = TypeVar("Result")
 
@@ -240,3 +245,37 @@ def compare_scorers(
             with scoring(model, scorer, budget):
                 result = measure()
             yield scorer, budget, result
+
+
+def plot_comparison(
+    values: Mapping[str, Mapping[int, Sequence[float]]], path: str | os.PathLike[str], *, what: str
+) -> Path:
+    """Draw what was measured against the budget: a line per scorer, the mean over models, in a band from least to most.
+
+    Args:
+        values: by scorer and budget, a value per model.
+        path: file to write; its ending gives the format (png, svg, pdf). Replaced only when the picture is complete.
+        what: name of the values.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: `values` is empty.
+    """
+    if not values:
+        raise ValueError("values is empty; give at least one scorer.")
+    with picture(path, (7, 4)) as figure:
+        axes = figure.add_subplot()
+        for scorer, by_budget in values.items():
+            budgets = list(by_budget)
+            means = [statistics.mean(by_budget[budget]) for budget in budgets]
+            (line,) = axes.plot(budgets, means, marker="o", markersize=4, label=scorer.replace("_", " "))
+            low, high = ([extreme(by_budget[budget]) for budget in budgets] for extreme in (min, max))
+            axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("slots of the store per head")
+        axes.set_ylabel(what)
+        axes.legend(fontsize="small")
+    return Path(path)

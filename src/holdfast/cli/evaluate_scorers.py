@@ -1,0 +1,142 @@
+"""`holdfast evaluate scorers`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from holdfast.cli.common import model_directory, output_console, read_model, read_task
+from holdfast.cli.errors import UsageError
+from holdfast.files import write_json
+
+Values = dict[str, dict[int, list[float]]]
+"""By scorer and budget, a value per model."""
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Who decides what the store keeps: the trained scorer and others at the same budgets, without further training.
+
+    Recall beyond the window on the task of the models' recipe.toml; with --data, perplexity of text. Several models
+    (seeds of one recipe) are averaged.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Directories of trained models with learned eviction."""
+    budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    """Slots of the store per head."""
+    scorers: tuple[str, ...] = ()
+    """Scorers to compare; none: all."""
+    samples: int = 256
+    """Samples of the needle task."""
+    data: str | None = None
+    """Text: a file (parquet, jsonl, json, txt), a directory of them, or a data set on the hub."""
+    split: str = "validation"
+    """Split of the text."""
+    length: int = 512
+    """Tokens per block of text."""
+    max_blocks: int = 64
+    """Blocks of text to read."""
+    seed: int = 0
+    """Of the samples, and of the random scorer."""
+    json: Path | None = None
+    """Write all numbers to this file."""
+    plot: Path | None = None
+    """Draw the comparison into this file (png, svg or pdf)."""
+    progress: bool = field(default=True)
+    """Show which measurement is running."""
+
+    def run(self) -> None:
+        """Compare, and show a table."""
+        from holdfast.data.progress import track
+        from holdfast.evaluation.scorers import SCORERS, compare_scorers
+
+        if not self.models:
+            raise UsageError("Give at least one model directory: `holdfast evaluate scorers MODEL_DIR`.")
+        scorers = self.scorers or tuple(SCORERS)
+        if unknown := [name for name in scorers if name not in SCORERS]:
+            raise UsageError(f"No scorer is named {unknown[0]}; there are {', '.join(SCORERS)}.")
+        values: Values = {scorer: {budget: [] for budget in self.budgets} for scorer in scorers}
+        for directory in [model_directory(name) for name in self.models]:
+            model = read_model(directory)
+            compared = compare_scorers(
+                model, self._measure(model, directory), scorers=scorers, budgets=self.budgets, seed=self.seed
+            )
+            total = len(scorers) * len(self.budgets)
+            for scorer, budget, value in track(compared, str(directory), total=total, progress=self.progress):
+                values[scorer][budget].append(value)
+        self._show(values)
+        if self.json is not None:
+            write_json(self.json, self._record(values))
+        if self.plot is not None:
+            from holdfast.evaluation.scorers import plot_comparison
+
+            plot_comparison(values, self.plot, what=self._what)
+
+    @property
+    def _what(self) -> str:
+        return "accuracy beyond the window" if self.data is None else "perplexity"
+
+    def _measure(self, model: Any, directory: Path) -> Callable[[], float]:
+        if self.data is not None:
+            return functools.partial(_perplexity, model, self._blocks(directory))
+        if not (directory / "recipe.toml").is_file():
+            raise UsageError(f"{directory} has no recipe.toml that names a needle task; give --data TEXT.")
+
+        from holdfast.evaluation.needle import evaluate_needle
+
+        task = read_task(directory)
+
+        def accuracy() -> float:
+            result = evaluate_needle(model, task, samples=self.samples, seed=self.seed, progress=False)
+            assert result.beyond.accuracy is not None
+            return result.beyond.accuracy
+
+        return accuracy
+
+    def _blocks(self, directory: Path) -> Sequence[dict[str, Any]]:
+        from holdfast.data.text import PackedText, load_text, load_tokenizer
+
+        texts = load_text(self.data or "", split=self.split)
+        needed = (self.max_blocks + 1) * self.length
+        blocks = PackedText.from_texts(texts, load_tokenizer(directory), self.length, max_tokens=needed)
+        return [blocks[index] for index in range(min(len(blocks), self.max_blocks))]
+
+    def _show(self, values: Values) -> None:
+        title = f"{self._what}, by slots per head"
+        if len(self.models) > 1:
+            title += f"; mean of {len(self.models)} models"
+        table = Table(title=title)
+        table.add_column("scorer", no_wrap=True)
+        for budget in self.budgets:
+            table.add_column(f"{budget:,}", justify="right")
+        for scorer, by_budget in values.items():
+            shown = "{:.1%}" if self.data is None else "{:.3f}"
+            table.add_row(scorer, *(shown.format(mean(found)) for found in by_budget.values()))
+        output_console().print(table)
+
+    def _record(self, values: Values) -> Mapping[str, Any]:
+        from holdfast.machine import describe_machine
+
+        return {
+            "measure": self._what,
+            "models": ["/".join(Path(name).resolve().parts[-2:]) for name in self.models],
+            "samples": self.samples if self.data is None else None,
+            "length": None if self.data is None else self.length,
+            "seed": self.seed,
+            "environment": describe_machine(),
+            "values": values,
+        }
+
+
+def _perplexity(model: Any, blocks: Sequence[dict[str, Any]]) -> float:
+    from holdfast.evaluation.perplexity import evaluate_perplexity
+
+    return evaluate_perplexity(model, blocks, progress=False).perplexity
