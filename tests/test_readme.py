@@ -1,5 +1,6 @@
 """What the README says of results is what the data files say, and what it links to is there."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -20,3 +21,12 @@ def test_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert len(links) > 5
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_page_of_results_is_what_the_data_give() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == tables.page()

@@ -265,7 +265,7 @@ def plot_comparison(
     """
     if not values:
         raise ValueError("values is empty; give at least one scorer.")
-    with picture(path, (7, 4)) as figure:
+    with picture(path, (8, 4)) as figure:
         axes = figure.add_subplot()
         for scorer, by_budget in values.items():
             budgets = list(by_budget)
@@ -277,5 +277,5 @@ def plot_comparison(
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("slots of the store per head")
         axes.set_ylabel(what)
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     return Path(path)
