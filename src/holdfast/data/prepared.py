@@ -15,7 +15,6 @@ transformers saves it.
 import collections
 import dataclasses
 import json
-import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator
@@ -68,8 +67,7 @@ def prepare(
 ) -> PreparedSplit:
     """Tokenize a corpus into a directory that `open_prepared` reads; other splits may stand in it already.
 
-    Each worker writes one shard. Memory O(workers), whatever the size of the corpus. Workers are spawned, so a script
-    that asks for several calls this under `if __name__ == "__main__":`.
+    Each worker writes one shard. Memory O(workers), whatever the size of the corpus.
 
     Args:
         source: the corpus, from `load_text`.
@@ -92,7 +90,7 @@ def prepare(
     if workers == 1:
         shards = [_write_shard(*tasks[0], progress=progress)]
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers) as pool:
             futures = [pool.submit(_write_shard, *task, progress=False) for task in tasks]
             shards = [future.result() for future in track(futures, "shards", total=workers, progress=progress)]
     skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())

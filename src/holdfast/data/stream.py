@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the saved position
 BLOCKS_AHEAD = 32  # that a worker prepares
+ROWS_PER_LANE = 100  # that are searched for some text
 
 
 class TextStream(IterableDataset):
@@ -293,13 +294,21 @@ def _samples(lane: Lane, position: _Position) -> Iterator[_Sample]:
 
 
 def _count_lanes(source: TextSource, lanes: int) -> int:
-    """As many lanes as asked for, unless there are too few documents for each to have one."""
-    if source.files < lanes:
-        rows = usable(source.rows(), collections.Counter())
-        lanes = sum(1 for _ in itertools.islice(rows, lanes))
-    if lanes == 0:
-        raise ValueError(f"{source.name} holds no text.")
-    return lanes
+    """As many lanes as asked for, unless the corpus has too few rows with text for each to have one."""
+    if source.files >= lanes:
+        return lanes
+    first = itertools.islice(source.rows(), lanes * ROWS_PER_LANE)
+    with_text: list[int] = []
+    reached = set()
+    for number, _ in usable(((number, value) for number, (_, value) in enumerate(first)), collections.Counter()):
+        with_text.append(number)
+        reached.add(number % lanes)
+        if len(reached) == lanes:
+            break
+    for fewer in range(lanes, 0, -1):
+        if len({number % fewer for number in with_text}) == fewer:
+            return fewer
+    raise ValueError(f"{source.name} holds no text.")
 
 
 def _unchanged(sample: Any) -> Any:
