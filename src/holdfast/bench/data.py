@@ -34,8 +34,9 @@ def run_data(settings: DataSettings) -> dict[str, Any]:
 
     Returns:
         Plain values: `settings`, `machine`, `rates` (of each: `tokenizer`, `workers`, `tokens`, `seconds`,
-        `tokens_per_second`; the time to the first block is `first_block_seconds` and does not count) and `memory`:
-        resident bytes of a process that reads the corpus once without workers, by blocks taken.
+        `tokens_per_second`; without workers also `tokens_per_cpu_second`, which other work on the machine does not
+        change; the time to the first block is `first_block_seconds` and does not count) and `memory`: resident bytes
+        of this process while it reads the corpus once without workers, by blocks taken.
     """
     with tempfile.TemporaryDirectory() as folder:
         if settings.source is None:
@@ -69,11 +70,11 @@ def _rate(
     first = time.perf_counter() - started
     for _ in track(range(settings.shuffle), f"{name}, {workers} workers"):
         next(iterator)  # until the windows of all lanes are in their rhythm
-    count, started = 0, time.perf_counter()
+    count, started, used = 0, time.perf_counter(), time.process_time()
     while (seconds := time.perf_counter() - started) < settings.seconds:
         next(iterator)
         count += 1
-    tokens = count * settings.length
+    tokens, used = count * settings.length, time.process_time() - used
     return {
         "tokenizer": name,
         "workers": workers,
@@ -81,6 +82,7 @@ def _rate(
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": None if workers else tokens / used,
     }
 
 

@@ -106,11 +106,12 @@ def _measure_data(settings: DataSettings) -> None:
     quieten_transformers()
     report = run_data(settings)
     table = Table(title="text to blocks", title_justify="left")
-    for heading in ("tokenizer", "workers", "first block", "tokens/s"):
+    for heading in ("tokenizer", "workers", "first block", "tokens/s", "tokens per CPU second"):
         table.add_column(heading, justify="right")
     for rate in report["rates"]:
         first, speed = format_seconds(rate["first_block_seconds"]), _rate(rate["tokens_per_second"])
-        table.add_row(rate["tokenizer"], str(rate["workers"]), first, speed)
+        alone = "" if rate["tokens_per_cpu_second"] is None else _rate(rate["tokens_per_cpu_second"])
+        table.add_row(rate["tokenizer"], str(rate["workers"]), first, speed, alone)
     output_console().print(table)
     if (memory := report["memory"]) is not None:
         resident = memory["resident_bytes"]
