@@ -18,6 +18,7 @@ from holdfast.data.text import (
     pack,
     train_tokenizer,
 )
+from holdfast.data.tokenizers import fingerprint
 
 CORPUS = ["the whale, the whale!", "a kelp forest under the waves", "hold fast", "Ünïcødé — 海藻 🌊"]
 TRAINED = train_tokenizer(CORPUS * 5, 300, progress=False)
@@ -134,6 +135,14 @@ def test_reading_stops_at_max_tokens(caplog: pytest.LogCaptureFixture) -> None:
     blocks = PackedText.from_texts([None, *["abcd"] * 10], byte_tokenizer(), 5, max_tokens=9, progress=False)
     assert len(blocks) == 2
     assert "skipped 1 row" in caplog.text
+
+
+def test_the_fingerprint_is_that_of_what_texts_become(tmp_path: Path) -> None:
+    before = fingerprint(TRAINED)
+    TRAINED(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert fingerprint(TRAINED) == before != fingerprint(byte_tokenizer())
+    TRAINED.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(tmp_path)) == before
 
 
 def test_the_callers_tokenizer_is_left_as_it_was() -> None:

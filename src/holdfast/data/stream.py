@@ -103,6 +103,9 @@ class TextStream(IterableDataset):
             max_tokens=None if max_tokens is None else math.ceil(max_tokens / lanes),
             repeat=repeat,
         )
+        # What the order of the blocks depends on.
+        self._identity = {"corpus": source.fingerprint, "tokenizer": fingerprint(tokenizer)}
+        self._identity |= dataclasses.asdict(self.settings)
         self.set_rank(0, 1)
         self._restart()
 
@@ -152,7 +155,7 @@ class TextStream(IterableDataset):
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last block that was taken: plain values, of the lanes of this process."""
         lanes = {str(number): dataclasses.asdict(self._positions[number]) for number in self._own_lanes()}
-        return {"format": FORMAT, "stream": self._identity(), "lanes": lanes}
+        return {"format": FORMAT, "stream": dict(self._identity), "lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Continue at a saved position, with any number of workers.
@@ -169,7 +172,7 @@ class TextStream(IterableDataset):
         for one in states:
             if one.get("format") != FORMAT:
                 raise ValueError(f"the position has the format {one.get('format')}, not {FORMAT}; it cannot be read.")
-            for name, value in self._identity().items():
+            for name, value in self._identity.items():
                 if one["stream"][name] != value:
                     raise ValueError(
                         f"the position is that of a stream with {name} = {one['stream'][name]!r}, not {value!r}."
@@ -183,11 +186,6 @@ class TextStream(IterableDataset):
 
     def _own_lanes(self) -> list[int]:
         return list(range(self.rank, self.settings.lanes, self.world_size))
-
-    def _identity(self) -> dict[str, Any]:
-        """What the order of the blocks depends on."""
-        described = {"corpus": self.source.fingerprint, "tokenizer": fingerprint(self.tokenizer)}
-        return described | dataclasses.asdict(self.settings)
 
     def _start_readers(self, own: list[int]) -> dict[int, Iterator["_Sample | _Failure"]]:
         """For each lane, the iterator that gives its next block; lanes of one worker share theirs."""

@@ -88,10 +88,8 @@ def encode_documents(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token.")
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend = _bare(tokenizer)
     backend.encode_special_tokens = True  # as text, that is: data must not be able to write control tokens
-    backend.no_truncation()
-    backend.no_padding()
     end = [tokenizer.eos_token_id]
     for batch in _batches(texts):
         encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
@@ -102,7 +100,15 @@ def encode_documents(
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything that decides which tokens a text becomes."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return hashlib.sha256(_bare(tokenizer).to_str().encode()).hexdigest()
+
+
+def _bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy without what the last call of the tokenizer has set, such as padding."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _batches(texts: Iterable[tuple[T, str]]) -> Iterator[list[tuple[T, str]]]:
