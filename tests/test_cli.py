@@ -1,6 +1,7 @@
 """The command line: what it shows, what it writes, and how it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ from holdfast.cli import COMMANDS, main
 from holdfast.cli import info as info_command
 from holdfast.cli.common import format_bytes, format_count
 from holdfast.data.needle import NeedleTask
-from holdfast.data.text import byte_tokenizer
+from holdfast.data.text import byte_tokenizer, load_text, load_tokenizer, prepare, train_tokenizer
 from holdfast.evaluation.needle import NeedleResult
 
 RECIPE = """\
@@ -269,6 +270,14 @@ def test_perplexity(text_model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*argv, "--max-blocks", "2", "--json", str(tmp_path / "p.json")]) == 0
     assert json.loads((tmp_path / "p.json").read_text())["blocks"] == 2
     assert "absent.txt" in refused(capsys, "evaluate", "perplexity", text_model, "--data", str(tmp_path / "absent.txt"))
+    argv[argv.index(str(data))] = str(tmp_path / "prepared")
+    prepare(load_text(data), tmp_path / "prepared", load_tokenizer(text_model), split="validation", progress=False)
+    assert main([*argv, "--json", str(tmp_path / "q.json")]) == 0
+    assert json.loads((tmp_path / "q.json").read_text()) == numbers
+    shutil.rmtree(tmp_path / "prepared")
+    other = train_tokenizer(["kelp"], 259, progress=False)
+    prepare(load_text(data), tmp_path / "prepared", other, split="validation", progress=False)
+    assert "was prepared with another tokenizer" in refused(capsys, *argv)
 
 
 def test_info_of_recipes_and_of_a_directory(

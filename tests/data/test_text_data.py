@@ -1,12 +1,9 @@
-"""Text: reading files, tokenizers that lose nothing, and packing with exact boundaries."""
+"""Text in memory: tokenizers that lose nothing, and packing with exact boundaries."""
 
-import json
 import logging
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,84 +14,14 @@ from holdfast.data.text import (
     PackedText,
     byte_tokenizer,
     collate_isolated,
-    load_text,
     load_tokenizer,
     pack,
     train_tokenizer,
 )
+from holdfast.data.tokenizers import fingerprint
 
 CORPUS = ["the whale, the whale!", "a kelp forest under the waves", "hold fast", "Ünïcødé — 海藻 🌊"]
 TRAINED = train_tokenizer(CORPUS * 5, 300, progress=False)
-
-
-def write(path: Path, rows: list) -> Path:
-    """One small corpus with the ending's format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"id": list(range(len(rows))), "text": pa.array(rows, pa.string())}), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"id": n, "text": row}) + "\n" for n, row in enumerate(rows)))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps([{"id": n, "text": row} for n, row in enumerate(rows)]))
-    else:
-        path.write_text("\n\n".join(rows))
-    return path
-
-
-@pytest.mark.parametrize("ending", ["parquet", "jsonl", "json"])
-def test_a_file_is_read_row_by_row_and_again(tmp_path: Path, ending: str) -> None:
-    rows = ["one", None, "", "two\nlines"]
-    texts = load_text(write(tmp_path / f"corpus.{ending}", rows), split="validation")
-    assert list(texts) == rows
-    assert list(texts) == rows
-
-
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    assert list(load_text(write(tmp_path / "book.txt", ["one", "two"]))) == ["one\n\ntwo"]
-
-
-@pytest.mark.parametrize("ending", ["parquet", "jsonl", "txt"])
-def test_a_directory_has_splits_by_file_name(tmp_path: Path, ending: str) -> None:
-    for split in ("train", "validation"):
-        write(tmp_path / f"{split}.{ending}", [f"{split} text\nof two lines"])
-    assert list(load_text(tmp_path, split="validation")) == ["validation text\nof two lines"]
-    assert list(load_text(str(tmp_path))) == ["train text\nof two lines"]
-    with pytest.raises(ValueError, match=rf"cannot read {tmp_path} \(split test\)"):
-        load_text(tmp_path, split="test")
-
-
-def test_without_streaming_the_corpus_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    path = write(tmp_path / "corpus.parquet", ["a", None, "b"])
-    texts = load_text(path, streaming=False)
-    assert list(texts) == ["a", None, "b"]
-    assert len(texts.dataset) == 3
-
-
-def test_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet does not exist"):
-        load_text(tmp_path / "nowhere.parquet")
-    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
-        load_text(str(tmp_path / "nothing"))
-    (tmp_path / "notes.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"notes\.docx is of an unknown type"):
-        load_text(tmp_path / "notes.docx")
-    with pytest.raises(ValueError, match="holds no text files"):
-        load_text(tmp_path)
-    corpus = write(tmp_path / "corpus.parquet", ["a"])
-    with pytest.raises(ValueError, match=r"corpus\.parquet has no column 'body'; give text_column as one of id, text"):
-        load_text(corpus, text_column="body")
-    (tmp_path / "broken.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"cannot read .*broken\.parquet"):
-        list(load_text(tmp_path / "broken.parquet"))
-
-
-def test_a_file_that_breaks_in_the_middle_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "long.jsonl", ["x" * 1000] * 20_000)
-    with path.open("a") as file:
-        file.write("{broken\n")
-    with pytest.raises(ValueError, match=r"cannot read .*long\.jsonl"):
-        list(load_text(path))
 
 
 @settings(max_examples=150, deadline=None)
@@ -184,10 +111,11 @@ def test_packed_blocks_are_the_documents(sizes: list[int], length: int, large: b
 def test_texts_are_tokenized_and_bad_rows_counted_once(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = byte_tokenizer()
     rows = ["ab", None, "", 7, "\ud800", "c<|eos|>", None]
-    with caplog.at_level(logging.WARNING, logger="holdfast.data.text"):
+    with caplog.at_level(logging.WARNING, logger="holdfast.data"):
         blocks = PackedText.from_texts(rows, tokenizer, 3, progress=False)
     assert blocks.tokens.tolist() == [*b"ab", 258, *b"c<|eos|>", 258]
-    expected = "skipped 5 of 7 rows: 2 without text, 1 empty, 1 not of type str, 1 not valid Unicode"
+    faults = "2 without text, 1 empty, 1 not of type str, 1 not valid Unicode"
+    expected = f"skipped 5 rows that hold no text: {faults}"
     assert [record.getMessage() for record in caplog.records] == [expected]
     caplog.clear()
     PackedText.from_texts(["abc"], tokenizer, 3, progress=False)
@@ -205,8 +133,16 @@ def test_many_texts_stay_in_order() -> None:
 
 def test_reading_stops_at_max_tokens(caplog: pytest.LogCaptureFixture) -> None:
     blocks = PackedText.from_texts([None, *["abcd"] * 10], byte_tokenizer(), 5, max_tokens=9, progress=False)
-    assert len(blocks) == 3
-    assert "skipped 1 of" in caplog.text
+    assert len(blocks) == 2
+    assert "skipped 1 row" in caplog.text
+
+
+def test_the_fingerprint_is_that_of_what_texts_become(tmp_path: Path) -> None:
+    before = fingerprint(TRAINED)
+    TRAINED(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert fingerprint(TRAINED) == before != fingerprint(byte_tokenizer())
+    TRAINED.save_pretrained(tmp_path)
+    assert fingerprint(load_tokenizer(tmp_path)) == before
 
 
 def test_the_callers_tokenizer_is_left_as_it_was() -> None:

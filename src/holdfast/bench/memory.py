@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_bytes", "resident_bytes"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -45,16 +45,17 @@ def peak_bytes(
 
 def _grown_by(work: Callable[..., object], arguments: tuple[Any, ...], warm_up: tuple[Any, ...]) -> int:
     work(*warm_up)
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes()
     work(*arguments)
-    return max(0, _resident_bytes("VmHWM") - before)
+    return max(0, resident_bytes(peak=True) - before)
 
 
-def _resident_bytes(field: str) -> int:
-    """Resident memory of this process now (VmRSS) or at its peak (VmHWM); at its peak where Linux's files are missing.
+def resident_bytes(*, peak: bool = False) -> int:
+    """Resident memory of this process now, or at its peak; always at its peak where Linux's files are missing.
 
     Linux's own accounting goes first because getrusage there counts the peak of the process that started this one.
     """
+    field = "VmHWM" if peak else "VmRSS"
     if _STATUS.is_file():
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BenchSettings", "DecodeSettings", "ModelSettings", "OpsSettings", "PrefillSettings", "TrainSettings"]
+__all__ = [
+    "BenchSettings",
+    "DataSettings",
+    "DecodeSettings",
+    "ModelSettings",
+    "OpsSettings",
+    "PrefillSettings",
+    "TrainSettings",
+]
 
 RESULTS = Path("benchmarks/results")
 """Where results go whose `--output` is a mere name."""
@@ -199,6 +207,41 @@ class TrainSettings(ModelSettings):
 
     def _tiny(self) -> Self:
         return dataclasses.replace(self, size="tiny", repeats=2, tokens=96)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Tokens per second of the stream of text, and memory over a pass."""
+
+    source: str | None = None
+    """Text, as a recipe names it; left out: made-up documents of 5 to 30 words."""
+    documents: int = 1_000_000
+    """How many to make up."""
+    tokenizers: tuple[str, ...] = ("byte", "bpe")
+    """"bpe": trained here, 4,096 tokens; else as a recipe names them."""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Processes that read and tokenize."""
+    length: int = 512
+    """Tokens per block."""
+    shuffle: int = 1024
+    """Blocks that are shuffled among each other."""
+    seconds: float = 10.0
+    """For which each rate is measured."""
+    memory: bool = True
+    """Follow memory over a whole pass too, with the last of the tokenizers."""
+    seed: int = 0
+    """Of the made-up documents."""
+    output: Path | None = None
+    """Write all numbers to this .json file."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, documents=self.documents, shuffle=self.shuffle)
+        require_at_least(2, length=self.length)
+        require_at_least(0, workers=self.workers, seed=self.seed)
+        if not self.tokenizers:
+            raise ValueError("tokenizers is empty; name at least one.")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}.")
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:

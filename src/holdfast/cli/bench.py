@@ -1,4 +1,4 @@
-"""`holdfast bench ops`, `prefill`, `decode`, `train` and `plot`."""
+"""`holdfast bench ops`, `prefill`, `decode`, `train`, `data` and `plot`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from holdfast.bench.settings import (
     BenchSettings,
+    DataSettings,
     DecodeSettings,
     ModelSettings,
     OpsSettings,
@@ -35,6 +36,7 @@ examples:
   holdfast bench decode --contexts 2048 65536 --steps 2000 --output decode --plot decode.png
   holdfast bench prefill --size 0.4b --tokens 4096 32768
   holdfast bench train --mixers gated_deltanet sliding_attention
+  holdfast bench data --output benchmarks/results/data.json
   holdfast bench plot benchmarks/results/ops.json --directory docs/images
 """
 
@@ -55,6 +57,7 @@ BENCHMARKS = (
     | Annotated[PrefillSettings, tyro.conf.subcommand("prefill")]
     | Annotated[DecodeSettings, tyro.conf.subcommand("decode")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
+    | Annotated[DataSettings, tyro.conf.subcommand("data")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
 )
 
@@ -64,6 +67,8 @@ def run(arguments: Sequence[str]) -> None:
     settings = parse(BENCHMARKS, arguments or ["--help"], prog="holdfast bench", description=DESCRIPTION)
     if isinstance(settings, Plot):
         _plot(settings)
+    elif isinstance(settings, DataSettings):
+        _measure_data(settings)
     else:
         _measure(settings)
 
@@ -92,6 +97,31 @@ def _measure(settings: BenchSettings) -> None:
         from holdfast.bench.plots import plot_report
 
         error_console().print(f"The picture is {plot_report(report, settings.plot)}.", soft_wrap=True)
+
+
+def _measure_data(settings: DataSettings) -> None:
+    from holdfast.bench.data import run_data
+    from holdfast.files import write_json
+
+    quieten_transformers()
+    report = run_data(settings)
+    table = Table(title="text to blocks", title_justify="left")
+    for heading in ("tokenizer", "workers", "first block", "tokens/s", "tokens per CPU second"):
+        table.add_column(heading, justify="right")
+    for rate in report["rates"]:
+        first, speed = format_seconds(rate["first_block_seconds"]), _rate(rate["tokens_per_second"])
+        alone = "" if rate["tokens_per_cpu_second"] is None else _rate(rate["tokens_per_cpu_second"])
+        table.add_row(rate["tokenizer"], str(rate["workers"]), first, speed, alone)
+    output_console().print(table)
+    if (memory := report["memory"]) is not None:
+        resident = memory["resident_bytes"]
+        output_console().print(
+            f"Resident memory: {format_bytes(memory['before_bytes'])} before, {format_bytes(resident[0])} after "
+            f"{memory['blocks'][0]:,} blocks, {format_bytes(resident[-1])} after {memory['blocks'][-1]:,}.",
+            soft_wrap=True,
+        )
+    if settings.output is not None:
+        error_console().print(f"All numbers are in {write_json(settings.output, report)}.", soft_wrap=True)
 
 
 def _check(settings: BenchSettings) -> None:

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tyro
 from rich.console import Console
 
 from holdfast.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
+    from holdfast.data.text import TextSource
     from holdfast.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text a command reads."""
+
+    source: tyro.conf.Positional[str]
+    """A file (parquet, jsonl, json, txt), a directory of them, or the name of a data set on the hub."""
+    _: dataclasses.KW_ONLY
+    column: str = "text"
+    """That holds the text."""
+    config: str | None = None
+    """Configuration of a data set on the hub."""
+
+    def open(self, split: str) -> TextSource:
+        """The text of a split.
+
+        Raises:
+            UsageError: if there is no such text.
+        """
+        from holdfast.data.text import load_text
+
+        try:
+            return load_text(self.source, split=split, text_column=self.column, config=self.config)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(str(error)) from error
 
 
 def output_console() -> Console:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
@@ -94,7 +94,7 @@ class Perplexity:
     model: tyro.conf.Positional[str]
     """Directory of a trained model with its tokenizer."""
     data: str
-    """A file (parquet, jsonl, json, txt), a directory of them, or the name of a data set on the hub."""
+    """A file (parquet, jsonl, json, txt), a directory of them or of prepared text, or the name of a hub data set."""
     split: str = "validation"
     """Split of a directory or of a data set; a single file is read whole."""
     column: str = "text"
@@ -113,15 +113,22 @@ class Perplexity:
 
     def run(self) -> None:
         """Evaluate, and show a table."""
-        from holdfast.data.text import PackedText, load_text, load_tokenizer
+        from holdfast.data.text import PackedText, is_prepared, load_text, load_tokenizer, open_prepared
+        from holdfast.data.tokenizers import fingerprint
         from holdfast.evaluation.perplexity import evaluate_perplexity
 
         if self.length < 2:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         directory = model_directory(self.model)
-        texts = load_text(self.data, split=self.split, text_column=self.column, config=self.config)
-        max_tokens = None if self.max_blocks is None else (self.max_blocks + 1) * self.length
-        blocks = PackedText.from_texts(texts, load_tokenizer(directory), self.length, max_tokens=max_tokens)
+        tokenizer = load_tokenizer(directory)
+        if is_prepared(self.data):
+            if fingerprint(load_tokenizer(self.data)) != fingerprint(tokenizer):
+                raise UsageError(f"{self.data} was prepared with another tokenizer than that of {directory}.")
+            blocks: Any = open_prepared(self.data, self.length, split=self.split)
+        else:
+            texts = load_text(self.data, split=self.split, text_column=self.column, config=self.config)
+            max_tokens = None if self.max_blocks is None else (self.max_blocks + 1) * self.length
+            blocks = PackedText.from_texts(texts, tokenizer, self.length, max_tokens=max_tokens)
         result = evaluate_perplexity(
             read_model(directory, self.dtype),
             (blocks[index] for index in range(len(blocks))),

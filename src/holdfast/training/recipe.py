@@ -45,7 +45,8 @@ class TextData:
     """Text packed into blocks; see `holdfast.data.text`."""
 
     source: str
-    """A local file, a directory of files that are named after their split, or the name of a data set on the hub."""
+    """A local file, a directory of files that are named after their split, the name of a data set on the hub (which is
+    streamed), or a directory that `holdfast prepare` wrote, which brings its own tokenizer."""
     kind: Literal["text"] = "text"
     config: str | None = None
     """Configuration of a data set on the hub, such as sample-100BT."""
@@ -63,10 +64,19 @@ class TextData:
     """Read about as many tokens and no more; None: all."""
     isolate: bool = False
     """Whether documents packed into one block are kept from seeing each other."""
+    in_memory: int = 64
+    """Local files of up to so many MiB together are tokenized at the start and shuffled whole; others are streamed."""
+    shuffle: int = 4096
+    """Blocks of a stream that are shuffled among each other, and held in memory for it."""
+    lanes: int = 16
+    """Parts in which a stream is read; a multiple of the number of devices. The most workers that can be busy."""
 
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}.")
+        for name, least in (("in_memory", 0), ("shuffle", 0), ("lanes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

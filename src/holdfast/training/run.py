@@ -19,12 +19,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from holdfast.data.needle import NeedleStream
-from holdfast.data.text import PackedText, collate_isolated, load_text, load_tokenizer, train_tokenizer
+from holdfast.data.text import collate_isolated, is_prepared, load_tokenizer
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training.callbacks import RetentionCallback
 from holdfast.training.metrics import MetricsFile, ProgressBar
 from holdfast.training.recipe import NeedleData, Recipe, TextData, load_recipe
 from holdfast.training.settings import to_toml
+from holdfast.training.text_blocks import evaluation_blocks, own_tokenizer, training_blocks
 from holdfast.training.trainer import HybridTrainer
 
 logger = logging.get_logger(__name__)
@@ -165,13 +166,14 @@ def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
 
 
 def _text_data(recipe: Recipe, data: TextData, directory: Path, resume: bool) -> _Data:
-    texts = load_text(data.source, split=data.split, text_column=data.column, config=data.config)
-    if data.tokenizer != "train":
+    if is_prepared(data.source):
+        tokenizer = load_tokenizer(data.source)
+    elif data.tokenizer != "train":
         tokenizer = load_tokenizer(data.tokenizer)
     elif resume and (directory / "tokenizer.json").exists():
         tokenizer = load_tokenizer(directory)
     else:
-        tokenizer = train_tokenizer(texts, recipe.model["vocab_size"])
+        tokenizer = own_tokenizer(data, recipe.model["vocab_size"])
         if _is_first_process():
             tokenizer.save_pretrained(directory)
     if len(tokenizer) > recipe.model["vocab_size"]:
@@ -179,12 +181,8 @@ def _text_data(recipe: Recipe, data: TextData, directory: Path, resume: bool) ->
             f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {data.tokenizer!r} has "
             f"{len(tokenizer)} tokens."
         )
-    options: dict[str, Any] = {"length": data.length, "isolate": data.isolate}
-    blocks = PackedText.from_texts(texts, tokenizer, max_tokens=data.max_tokens, **options)
-    evaluation = None
-    if recipe.training.eval_every and data.validation_split:
-        held_out = load_text(data.source, split=data.validation_split, text_column=data.column, config=data.config)
-        evaluation = PackedText.from_texts(held_out, tokenizer, max_tokens=data.validation_tokens, **options)
+    blocks = training_blocks(data, tokenizer, seed=recipe.training.seed, workers=recipe.training.workers)
+    evaluation = evaluation_blocks(data, tokenizer) if recipe.training.eval_every else None
     collator = collate_isolated if data.isolate else default_data_collator
     return _Data(blocks, evaluation, collator, tokenizer)
 

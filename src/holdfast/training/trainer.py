@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from holdfast.data.stream import TextStream
+from holdfast.files import write_json
 from holdfast.training.callbacks import RetentionCallback
+
+DATA_POSITION = "data_position"
+"""Directory in a checkpoint where each process leaves its position in a `TextStream`."""
 
 _SCALARS = ("lm_loss", "retention_loss", "kept_mean", "kept_min", "kept_max", "lambda_mean", "lambda_max")
 
@@ -59,7 +67,8 @@ class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
     Its logs gain `lm_loss`, `retention_loss`, and over all heads `kept_mean|min|max` and `lambda_mean|max`. A loss that
-    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved.
+    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A `TextStream` to
+    train on is shared out over the processes, and checkpoints hold its position.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
@@ -76,6 +85,8 @@ class HybridTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.train_dataset, TextStream):
+            self.args.ignore_data_skip = True  # a stream goes to its position at once
         self.scorer_weight_decay = scorer_weight_decay
         self.scorer_lr_scale = scorer_lr_scale
         self.last_metrics: dict[str, Any] = {}
@@ -86,6 +97,20 @@ class HybridTrainer(Trainer):
     def retention(self) -> RetentionCallback:
         """The callback in use (a resumed Trainer may have rebuilt it)."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RetentionCallback))
+
+    def get_train_dataloader(self) -> DataLoader:
+        stream = self.train_dataset
+        if not isinstance(stream, TextStream):
+            return super().get_train_dataloader()
+        # Not prepared by accelerate, which would share the blocks out a second time, and read ahead of what is trained.
+        stream.set_rank(self.args.process_index, self.args.world_size)
+        return DataLoader(
+            stream,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # else it would take a number from the generator that dropout uses
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -119,6 +144,22 @@ class HybridTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._stop_if_diverged()
         super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, TextStream):
+            name = f"rank-{self.args.process_index:05d}.json"
+            write_json(Path(output_dir) / DATA_POSITION / name, self.train_dataset.state_dict())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and isinstance(self.train_dataset, TextStream):
+            files = sorted((Path(checkpoint) / DATA_POSITION).glob("rank-*.json"))
+            if not files:
+                raise ValueError(
+                    f"{checkpoint} holds no position in the data; it is not of a run that streams its text."
+                )
+            self.train_dataset.load_state_dict([json.loads(path.read_text(encoding="utf-8")) for path in files])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name: not missing

@@ -1,0 +1,247 @@
+"""Prepared text: a corpus tokenized once, in files that training maps into memory.
+
+A directory holds, for each split S, the description `S.json` and shards of two files each:
+
+    S-00000.tokens.bin   the token ids of all documents, one behind the other, an end token behind each
+    S-00000.starts.bin   for each document the index in there at which it starts, 64 bits
+
+All numbers are unsigned and little-endian; ids have 16 bits where the vocabulary allows, else 32. `S.json` gives
+`format`, `dtype` (of the ids), `vocab_size`, `eos_token_id`, `tokenizer` (SHA-256 of its definition), `source`,
+`skipped` (rows without text) and `shards`: for each its `name`, `tokens`, `documents`, and `crc32` of the two files in
+this order. It is written last, so a directory without it was not finished. The tokenizer itself stands beside, as
+transformers saves it.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset
+from transformers import PreTrainedTokenizerFast
+
+from holdfast.data.packing import PackedText
+from holdfast.data.progress import track
+from holdfast.data.sources import TextSource, describe_skipped, logger, usable
+from holdfast.data.tokenizers import encode_documents, fingerprint
+from holdfast.files import replacing, write_json
+
+__all__ = ["PreparedSplit", "is_prepared", "open_prepared", "prepare"]
+
+FORMAT = 1
+CHECKED = 1 << 30  # bytes of a split that are read through when it is opened
+CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSplit:
+    """What `prepare` has written.
+
+    Attributes:
+        tokens: of all documents, end tokens included.
+        documents: their number.
+        bytes: of the files with token ids.
+        skipped: rows without text, by what is wrong with them.
+    """
+
+    tokens: int
+    documents: int
+    bytes: int
+    skipped: dict[str, int]
+
+
+def prepare(
+    source: TextSource,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    split: str = "train",
+    workers: int = 1,
+    progress: bool = True,
+) -> PreparedSplit:
+    """Tokenize a corpus into a directory that `open_prepared` reads; other splits may stand in it already.
+
+    Each worker writes one shard. Memory O(workers), whatever the size of the corpus.
+
+    Args:
+        source: the corpus, from `load_text`.
+        directory: made if it is missing.
+        tokenizer: gives the end token between documents.
+        split: what this part of the data is called.
+        workers: processes that read and tokenize.
+        progress: show a progress bar when standard error is a terminal.
+
+    Raises:
+        ValueError: the corpus cannot be read or holds no text, or the directory holds this split already, or another
+            split with another tokenizer.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; give 1 or more.")
+    target = Path(directory)
+    _check_target(target, split, tokenizer)
+    target.mkdir(parents=True, exist_ok=True)
+    tasks = [(source, target, tokenizer, split, part, workers) for part in range(workers)]
+    if workers == 1:
+        shards = [_write_shard(*tasks[0], progress=progress)]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            futures = [pool.submit(_write_shard, *task, progress=False) for task in tasks]
+            shards = [future.result() for future in track(futures, "shards", total=workers, progress=progress)]
+    skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())
+    if skipped:
+        logger.warning("%s: %s", source.name, describe_skipped(skipped))
+    shards = [shard for shard in shards if shard["tokens"]]
+    if not shards:
+        raise ValueError(f"{source.name} holds no text.")
+    tokenizer.save_pretrained(target)
+    description = {
+        "format": FORMAT,
+        "dtype": _dtype(tokenizer).name,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer": fingerprint(tokenizer),
+        "source": source.name,
+        "skipped": dict(skipped),
+        "shards": shards,
+    }
+    write_json(target / f"{split}.json", description)
+    tokens = sum(shard["tokens"] for shard in shards)
+    size = tokens * _dtype(tokenizer).itemsize
+    return PreparedSplit(tokens, sum(shard["documents"] for shard in shards), size, dict(skipped))
+
+
+def is_prepared(directory: str | Path, split: str | None = None) -> bool:
+    """Whether `prepare` has written this split, or any, to the directory."""
+    found = Path(directory).glob("*.json") if split is None else [Path(directory) / f"{split}.json"]
+    return any(path.is_file() and path.with_name(f"{path.stem}-00000.tokens.bin").is_file() for path in found)
+
+
+def open_prepared(
+    directory: str | Path, length: int, *, split: str = "train", isolate: bool = False, check: bool | None = None
+) -> ConcatDataset:
+    """Blocks of a prepared corpus, as a map-style dataset of `PackedText`s whose tokens stay on the disk.
+
+    Blocks do not cross from one shard into the next. Opening takes no time, but for the checksums.
+
+    Args:
+        directory: written by `prepare`.
+        length: tokens per block.
+        split: one that has been prepared.
+        isolate: as for `PackedText`.
+        check: compare the checksums, for which all is read once; None: of splits up to 1 GiB.
+
+    Raises:
+        FileNotFoundError: this split has not been prepared.
+        ValueError: naming the file that is damaged, or the split if it has not enough text for one block.
+    """
+    folder = Path(directory)
+    description = _read_description(folder, split)
+    dtype = np.dtype(description["dtype"]).newbyteorder("<")
+    total = sum(shard["tokens"] for shard in description["shards"])
+    check = total * dtype.itemsize <= CHECKED if check is None else check
+    parts = []
+    for shard in description["shards"]:
+        tokens = _map(folder / f"{shard['name']}.tokens.bin", dtype, shard["tokens"], shard["crc32"][0], check)
+        starts = _map(
+            folder / f"{shard['name']}.starts.bin", np.dtype("<i8"), shard["documents"], shard["crc32"][1], check
+        )
+        if shard["tokens"] >= length:
+            parts.append(PackedText(tokens, starts, length, isolate=isolate))
+    if not parts:
+        raise ValueError(f"{folder} (split {split}) has {total} tokens, too few for a block of {length} in any shard.")
+    return ConcatDataset(parts)
+
+
+def _check_target(target: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    if not split.isidentifier():
+        raise ValueError(f"split is {split!r}; give a name of letters, digits and underscores.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token.")
+    if is_prepared(target, split):
+        raise ValueError(f"{target} holds a prepared split {split!r} already; remove it, or give another directory.")
+    for path in target.glob("*-00000.tokens.bin"):
+        other = path.name.removesuffix("-00000.tokens.bin")
+        if is_prepared(target, other) and _read_description(target, other)["tokenizer"] != fingerprint(tokenizer):
+            raise ValueError(f"{target} holds the split {other!r} with another tokenizer; give another directory.")
+
+
+def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
+    return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+
+
+def _write_shard(
+    source: TextSource,
+    target: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    part: int,
+    parts: int,
+    *,
+    progress: bool,
+) -> dict[str, Any]:
+    """Tokenize one part of the corpus; returns its entry in the description, and what it skipped."""
+    if parts > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    name, dtype = f"{split}-{part:05d}", _dtype(tokenizer)
+    skipped: collections.Counter[str] = collections.Counter()
+    documents = encode_documents(usable(source.rows(part, parts), skipped), tokenizer)
+    total = count = 0
+    checksums = [0, 0]
+    with (
+        replacing(target / f"{name}.tokens.bin") as tokens_path,
+        replacing(target / f"{name}.starts.bin") as starts_path,
+        open(tokens_path, "wb") as tokens_file,
+        open(starts_path, "wb") as starts_file,
+    ):
+        for _, tokens in track(documents, f"{split}: documents", progress=progress):
+            for number, (file, data) in enumerate(
+                ((tokens_file, tokens.astype(dtype).tobytes()), (starts_file, total.to_bytes(8, "little")))
+            ):
+                file.write(data)
+                checksums[number] = zlib.crc32(data, checksums[number])
+            total += len(tokens)
+            count += 1
+    return {"name": name, "tokens": total, "documents": count, "crc32": checksums, "skipped": dict(skipped)}
+
+
+def _read_description(folder: Path, split: str) -> dict[str, Any]:
+    path = folder / f"{split}.json"
+    if not is_prepared(folder, split):
+        raise FileNotFoundError(f"{folder} holds no prepared split {split!r}; make it with `holdfast prepare`.")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe prepared text; prepare it again.") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has the format {version}, not {FORMAT}; prepare it again.")
+    return description
+
+
+def _map(path: Path, dtype: np.dtype, count: int, checksum: int, check: bool) -> np.ndarray:
+    """The numbers in a file, not read yet; raises ValueError when they are not those that were written."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size != count * dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, not {count * dtype.itemsize}: it is damaged; prepare it again.")
+    if check and _checksum(path) != checksum:
+        raise ValueError(f"{path} is damaged (its checksum differs); prepare it again.")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    for data in _chunks(path):
+        checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            yield data

@@ -1,0 +1,91 @@
+"""Blocks of text to train and evaluate on, as a recipe asks for them."""
+
+from __future__ import annotations
+
+import math
+
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedTokenizerFast
+
+from holdfast.data.sources import LocalText
+from holdfast.data.text import (
+    PackedText,
+    TextSource,
+    TextStream,
+    is_prepared,
+    load_text,
+    open_prepared,
+    train_tokenizer,
+)
+from holdfast.training.recipe import TextData
+
+
+def training_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast, *, seed: int, workers: int) -> Dataset:
+    """What `data` says to train on: prepared blocks, small local text in memory, or else a stream.
+
+    Args:
+        data: the recipe's section.
+        tokenizer: of the model. Prepared blocks hold the tokens of the tokenizer that stands beside them.
+        seed: of a stream's shuffling; the other data sets leave that to the sampler.
+        workers: processes of a stream; the other data sets leave that to the DataLoader.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_text`, `open_prepared`, `TextStream` and `PackedText` do.
+    """
+    if is_prepared(data.source):
+        return _prepared(data, data.split, data.max_tokens)
+    source = _open(data, data.split)
+    if isinstance(source, LocalText) and source.size <= data.in_memory << 20:
+        return PackedText.from_texts(source, tokenizer, data.length, isolate=data.isolate, max_tokens=data.max_tokens)
+    return TextStream(
+        source,
+        tokenizer,
+        data.length,
+        isolate=data.isolate,
+        seed=seed,
+        shuffle=data.shuffle,
+        lanes=data.lanes,
+        max_tokens=data.max_tokens,
+        workers=workers,
+    )
+
+
+def evaluation_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast) -> Dataset | None:
+    """The first blocks of the validation split, in memory or mapped; None where `data` names no such split."""
+    if data.validation_split is None:
+        return None
+    if is_prepared(data.source):
+        return _prepared(data, data.validation_split, data.validation_tokens)
+    return PackedText.from_texts(
+        _open(data, data.validation_split),
+        tokenizer,
+        data.length,
+        isolate=data.isolate,
+        max_tokens=data.validation_tokens,
+    )
+
+
+def own_tokenizer(data: TextData, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the text to train on.
+
+    Raises:
+        ValueError: that text is on the hub, all of which would be read for it.
+    """
+    source = _open(data, data.split)
+    if not isinstance(source, LocalText):
+        raise ValueError(
+            f"data.tokenizer is 'train', for which all of {data.source} would be read: train one on a part of it first "
+            "(`holdfast tokenizer`), and give its directory."
+        )
+    return train_tokenizer(source, vocab_size)
+
+
+def _open(data: TextData, split: str) -> TextSource:
+    return load_text(data.source, split=split, text_column=data.column, config=data.config)
+
+
+def _prepared(data: TextData, split: str, max_tokens: int | None) -> Dataset:
+    blocks = open_prepared(data.source, data.length, split=split, isolate=data.isolate)
+    if max_tokens is None or math.ceil(max_tokens / data.length) >= len(blocks):
+        return blocks
+    return Subset(blocks, range(math.ceil(max_tokens / data.length)))

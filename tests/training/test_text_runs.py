@@ -1,0 +1,150 @@
+"""Runs on text, streamed, held in memory or prepared: what is trained on, and exact resumption."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import ConcatDataset, Subset
+from transformers import TrainerCallback
+
+from holdfast.data.text import PackedText, TextStream, byte_tokenizer, load_text, prepare
+from holdfast.training import HybridTrainer, Recipe, read_metrics, train
+from holdfast.training.recipe import OutputSection, TextData, TrainingSection
+from holdfast.training.text_blocks import evaluation_blocks, training_blocks
+
+SENTENCE = "the kelp holds on to the rock and the rock holds on to the sea. "
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for split in ("train", "validation"):
+        rows = [{"text": f"{number} {split}: {SENTENCE[number % 7 :]}"} for number in range(40)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_recipe(directory: Path, corpus: Path, workers: int, **data: object) -> Recipe:
+    """Six steps with dropout, accumulation, and a checkpoint in the middle."""
+    options = {"num_heads": 2, "head_dim": 8}
+    eviction = options | {"window": 8, "budget": 4, "sinks": 1, "dropout": 0.2}
+    return Recipe(
+        name="run",
+        model={
+            "vocab_size": 259,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "intermediate_size": 32,
+            "mixers": ["gated_deltanet", "learned_eviction"],
+            "mixer_options": {"gated_deltanet": options, "learned_eviction": eviction},
+        },
+        training=TrainingSection(
+            max_steps=6, batch_size=3, accumulation=2, learning_rate=1e-2, log_every=3, save_every=3, workers=workers
+        ),
+        data=TextData(str(corpus), **({"length": 24, "in_memory": 0, "shuffle": 16, "lanes": 4} | data)),
+        output=OutputSection(directory=str(directory)),
+    )
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KilledError
+
+
+def train_until_killed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = HybridTrainer.__init__
+
+    def with_killer(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Kill())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridTrainer, "__init__", with_killer)
+        with pytest.raises(KilledError):
+            train(recipe)
+
+
+def losses(directory: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_killed_run_on_a_stream_resumes_bit_for_bit(corpus, tmp_path, monkeypatch, isolate) -> None:
+    whole = train(make_recipe(tmp_path / "whole", corpus, workers=0, isolate=isolate))
+    expected = load_file(whole / "model.safetensors")
+    for workers, later in ((0, 0), (2, 2), (2, 0)):
+        recipe = make_recipe(tmp_path / f"killed-{workers}-{later}", corpus, workers=workers, isolate=isolate)
+        train_until_killed(recipe, monkeypatch)
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, workers=later))
+        resumed = train(recipe, resume=True)
+        found = load_file(resumed / "model.safetensors")
+        assert all(torch.equal(expected[name], found[name]) for name in expected), (workers, later)
+        assert losses(resumed) == losses(whole)
+
+
+def test_a_checkpoint_without_a_position_is_refused(corpus, tmp_path, monkeypatch) -> None:
+    recipe = make_recipe(tmp_path, corpus, workers=0)
+    train_until_killed(recipe, monkeypatch)
+    position = tmp_path / "run" / "checkpoint-3" / "data_position" / "rank-00000.json"
+    state = json.loads(position.read_text())
+    assert sum(lane["given"] for lane in state["lanes"].values()) == 3 * 2 * 3
+    position.unlink()
+    with pytest.raises(ValueError, match="checkpoint-3 holds no position in the data"):
+        train(recipe, resume=True)
+
+
+def test_a_prepared_corpus_is_trained_on_with_its_own_tokenizer(corpus, tmp_path, monkeypatch) -> None:
+    for split in ("train", "validation"):
+        prepare(load_text(corpus, split=split), tmp_path / "prepared", byte_tokenizer(), split=split, progress=False)
+    recipe = make_recipe(tmp_path / "a", tmp_path / "prepared", workers=0, validation_split="validation")
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=6))
+    whole = train(recipe)
+    assert [line["step"] for line in read_metrics(whole / "metrics.jsonl") if "eval_loss" in line] == [6]
+    assert (whole / "tokenizer.json").exists()
+    killed = dataclasses.replace(recipe, output=OutputSection(str(tmp_path / "b")))
+    train_until_killed(killed, monkeypatch)
+    resumed = train(killed, resume=True)
+    expected, found = (load_file(run / "model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_which_blocks_a_recipe_gets(corpus, tmp_path) -> None:
+    tokenizer = byte_tokenizer()
+    held = TextData(str(corpus), length=24, validation_split="validation", validation_tokens=48)
+    blocks = training_blocks(held, tokenizer, seed=0, workers=0)
+    assert isinstance(blocks, PackedText)
+    validation = evaluation_blocks(held, tokenizer)
+    assert isinstance(validation, PackedText)
+    assert 2 <= len(validation) < len(blocks)
+    assert evaluation_blocks(dataclasses.replace(held, validation_split=None), tokenizer) is None
+    streamed = training_blocks(dataclasses.replace(held, in_memory=0, lanes=8), tokenizer, seed=3, workers=2)
+    assert isinstance(streamed, TextStream)
+    assert (streamed.settings.lanes, streamed.settings.seed, streamed.workers) == (8, 3, 2)
+    for split in ("train", "validation"):
+        prepare(load_text(corpus, split=split), tmp_path, tokenizer, split=split, progress=False)
+    mapped = dataclasses.replace(held, source=str(tmp_path))
+    whole = training_blocks(mapped, tokenizer, seed=0, workers=0)
+    assert isinstance(whole, ConcatDataset)
+    assert len(whole) == len(blocks)
+    assert all(torch.equal(whole[n]["input_ids"], blocks[n]["input_ids"]) for n in range(len(blocks)))
+    first = evaluation_blocks(mapped, tokenizer)
+    assert isinstance(first, Subset)
+    assert len(first) == 2
+
+
+def test_a_tokenizer_is_not_trained_on_the_whole_hub(monkeypatch, tmp_path) -> None:
+    class Hub:
+        files, name, fingerprint = 1, "org/data", ""
+
+    monkeypatch.setattr("holdfast.training.text_blocks.load_text", lambda *args, **kwargs: Hub())
+    recipe = make_recipe(tmp_path, Path("org/data"), workers=0, tokenizer="train")
+    with pytest.raises(ValueError, match=r"all of org/data would be read: train one on a part of it first"):
+        train(recipe)
