@@ -24,7 +24,7 @@ from holdfast.files import replacing, write_json
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
-from holdfast.training.checkpointing import STATE_FILE, CheckpointError, last_checkpoint, step_of
+from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, step_of
 from holdfast.training.metrics import MetricsFile, ProgressBar
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE
@@ -104,6 +104,7 @@ def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
     if not list(checkpoint.glob("*.safetensors")):
         raise CheckpointError(f"{checkpoint} holds shards only: raise training.max_steps, or resume an earlier one.")
     if os.environ.get("RANK", "0") == "0":
+        discard_incomplete(directory)
         for path in checkpoint.iterdir():
             if path.suffix in (".safetensors", ".json") and path.name != STATE_FILE:
                 with replacing(directory / path.name) as temporary:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from holdfast.training import checkpointing
@@ -188,6 +189,7 @@ class HybridTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self.save_model(str(staged), _internal_call=True)
         if self.args.should_save:
+            (staged / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and no part of a model
             for path in staged.iterdir():
                 os.replace(path, Path(directory) / path.name)
             shutil.rmtree(staged.parent)
