@@ -100,6 +100,8 @@ class HybridTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None and self.args.fsdp and self.args.world_size > 1:
+            raise ValueError("accelerate shards models (FSDP) on accelerators only: on CPUs train with DDP.")
         if plugin is None or plugin.fsdp_version != 2:
             return
         # It would broadcast every tensor of the state as a shard, and λ is a buffer, which FSDP2 does not shard.
@@ -207,6 +209,12 @@ class HybridTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
         return str(Path(run) / checkpointing.INCOMPLETE) if self._is_staging else run
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered from shards, where a tied weight has become two
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with explaining_reads(resume_from_checkpoint, "weights"):
