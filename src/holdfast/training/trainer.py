@@ -99,6 +99,8 @@ class HybridTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        # Sequences of training have a few lengths at most: symbolic ones cost speed, and inductor fails on them.
+        self.accelerator.state.dynamo_plugin.dynamic = False
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None and self.args.fsdp and self.args.world_size > 1:
             raise ValueError("accelerate shards models (FSDP) on accelerators only: on CPUs train with DDP.")
