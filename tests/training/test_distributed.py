@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from holdfast import HybridForCausalLM
@@ -156,6 +157,32 @@ def test_sharding_on_cpus_is_refused(tmp_path, monkeypatch):
             train(make_recipe(tmp_path, parallel="fsdp"))
 
     in_two_processes(refused)
+
+
+def test_a_model_sharded_on_the_meta_device_is_whole(tmp_path):
+    """The lines of docs/training.md, in poisoned memory."""
+
+    def build() -> None:
+        PartialState(cpu=True)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        page = Path(__file__).parents[2] / "docs" / "training.md"
+        code = page.read_text(encoding="utf-8").split("## From the meta device")[1].split("```python\n")[1]
+        names = {"torch": torch, "HybridForCausalLM": HybridForCausalLM, "fully_shard": fully_shard}
+        names |= {"dist": torch.distributed, "seed": 0, "config": make_recipe(tmp_path).build_config(), "device": "cpu"}
+        exec(code.split("```")[0], names)
+        model = names["model"]
+        assert isinstance(model, FSDPModule)
+        state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+        assert all(tensor.isfinite().all() for tensor in state.values())
+        embeddings = state["model.embeddings.weight"]
+        assert abs(embeddings.std() / 0.1 - 1) < 0.2
+        assert not torch.equal(embeddings[:7], embeddings[8:])  # the shards are not drawn alike
+        assert state["model.layers.1.attn.router.conv_stack.proj.bias"].tolist() == [0.5, 0.5]
+        assert state["model.l1_lambda"].tolist() == [[0, 0]]
+        assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
+
+    in_two_processes(build)
 
 
 def test_what_two_processes_cannot_share_is_refused(tmp_path, monkeypatch):
