@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,4 +78,5 @@ def _train(arguments: list[str]) -> None:
     from holdfast.training.run import train
 
     directory = train(recipe, resume=resume)
-    output_console().print(f"The model is in {directory}.", soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes have trained it
+        output_console().print(f"The model is in {directory}.", soft_wrap=True)
