@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import MODEL, TASK
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from holdfast import HybridForCausalLM
-from holdfast.data.needle import NeedleStream, NeedleTask
+from holdfast.data.needle import NeedleStream
 from holdfast.training import (
     BudgetController,
     ControllerConfig,
@@ -25,20 +26,6 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
-
-TASK = NeedleTask(length=32, num_pairs=3, num_keys=5, num_values=5, num_noise=4, window=8)
-MODEL = {
-    "vocab_size": TASK.vocab_size,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.1,
-    "mixers": ["gated_deltanet", "learned_eviction"],
-    "mixer_options": {
-        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
-        "learned_eviction": {"num_heads": 2, "head_dim": 8, "window": 8, "budget": 4, "sinks": 1, "dropout": 0.2},
-    },
-}
 
 
 def make_recipe(directory, name="run", **training) -> Recipe:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import MODEL, TASK
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
-from holdfast.data.needle import NeedleTask
 from holdfast.training import (
     CheckpointError,
     ControllerConfig,
@@ -31,20 +31,6 @@ from holdfast.training import (
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
 from holdfast.training.settings import to_toml
-
-TASK = NeedleTask(length=24, num_pairs=2, num_keys=4, num_values=4, num_noise=4, window=6)
-MODEL = {
-    "vocab_size": TASK.vocab_size,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.1,
-    "mixers": ["gated_deltanet", "learned_eviction"],
-    "mixer_options": {
-        "gated_deltanet": {"num_heads": 2, "head_dim": 8},
-        "learned_eviction": {"num_heads": 2, "head_dim": 8, "window": 6, "budget": 4, "sinks": 1, "dropout": 0.2},
-    },
-}
 
 
 def make_recipe(directory: Path, **training) -> Recipe:

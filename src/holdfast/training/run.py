@@ -106,7 +106,8 @@ def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
     if os.environ.get("RANK", "0") == "0":
         discard_incomplete(directory)
         for path in checkpoint.iterdir():
-            if path.suffix in (".safetensors", ".json") and path.name != STATE_FILE:
+            # All but the state of training, which torch has pickled.
+            if path.is_file() and path.suffix not in (".pt", ".pth", ".bin") and path.name != STATE_FILE:
                 with replacing(directory / path.name) as temporary:
                     shutil.copyfile(path, temporary)
         with torch.device("meta"):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from holdfast.configuration import AUTO_FILE
 from holdfast.files import write_text
 from holdfast.training.checkpointing import checkpoints
 from holdfast.training.recipe import Recipe, load_recipe
@@ -16,7 +17,8 @@ from holdfast.training.settings import to_toml
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 # Found alone, these say that a run was prepared and never trained a step.
 _PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-_OWN_FILES = {*_PREPARED, METRICS_FILE, SUMMARY_FILE, "config.json", "generation_config.json", "model.safetensors"}
+_MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
+_OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
 _FREE = ("max_steps", "log_every", "save_every", "eval_every", "keep_checkpoints", "workers", "parallel", "compile")
 _MAY_CHANGE = ("output.", "description", "training.gradient_checkpointing", *(f"training.{name}" for name in _FREE))
