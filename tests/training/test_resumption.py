@@ -228,6 +228,17 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, capfd):
     train(make_recipe(tmp_path), resume=True)  # once there is room again
 
 
+def test_a_checkpoint_may_be_given_by_its_path(tmp_path):
+    recipe = make_recipe(tmp_path, max_steps=6)
+    run = train(recipe)
+    (run / "summary.json").unlink()
+    (run / "checkpoint-3").rename(tmp_path / "kept")
+    train(recipe, resume=str(tmp_path / "kept"))
+    assert [line["step"] for line in losses(run)] == list(range(1, 7))
+    with pytest.raises(CheckpointError, match=r"The training state of .*absent cannot be read"):
+        train(dataclasses.replace(recipe, name="other"), resume=str(tmp_path / "absent"))
+
+
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     recipe = make_recipe(tmp_path, max_steps=6)
     run = train(recipe)

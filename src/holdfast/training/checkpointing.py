@@ -42,6 +42,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def saved_step(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint of any name says it was written after.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    with explaining_reads(str(checkpoint), "training state"):
+        return TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that can be resumed from; None, with a warning, where there is none.
 

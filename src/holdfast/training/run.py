@@ -24,7 +24,7 @@ from holdfast.files import replacing, write_json
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
-from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, step_of
+from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, saved_step
 from holdfast.training.metrics import MetricsFile, ProgressBar
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE
@@ -63,22 +63,9 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             run_directory.claim(directory, recipe, resume=bool(resume))
         checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
         data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or arguments.process_index > 0)
-    if checkpoint is not None and step_of(checkpoint) >= recipe.training.max_steps:
+    if checkpoint is not None and saved_step(checkpoint) >= recipe.training.max_steps:
         return _finish(recipe, directory, checkpoint)
-    model = _build_model(recipe, data.tokenizer)
-    trainer = HybridTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.training,
-        eval_dataset=data.evaluation,
-        data_collator=data.collator,
-        processing_class=data.tokenizer,
-        retention=RetentionCallback(recipe.controller, recipe.retention),
-        scorer_lr_scale=recipe.training.scorer_lr_scale,
-        scorer_weight_decay=recipe.training.scorer_weight_decay,
-    )
-    # Every process its own dropout, as each has its own samples.
-    seed_generators(recipe.training.seed, device_specific=True)
+    trainer = _build_trainer(recipe, arguments, data)
     bar = ProgressBar()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
@@ -91,15 +78,16 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             bar.close()
         trainer.save_final(directory)
     if trainer.is_world_process_zero():
+        seconds = round(time.monotonic() - started, 1)
         summary = {"steps": result.global_step, "training_loss": result.training_loss}
-        _write_summary(directory, summary | {"seconds": round(time.monotonic() - started, 1)}, checkpoint, model)
+        _write_summary(directory, summary | {"seconds": seconds}, checkpoint, trainer.model)
     return directory
 
 
 def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
     """End a run that was killed after its last checkpoint: what remains is to put the model in its place."""
     steps = recipe.training.max_steps
-    if step_of(checkpoint) > steps:
+    if saved_step(checkpoint) > steps:
         raise CheckpointError(f"training.max_steps is {steps}, but {checkpoint} is past it: raise it.")
     if not list(checkpoint.glob("*.safetensors")):
         raise CheckpointError(f"{checkpoint} holds shards only: raise training.max_steps, or resume an earlier one.")
@@ -116,11 +104,28 @@ def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
     return directory
 
 
-def _write_summary(directory: Path, summary: dict[str, Any], checkpoint: Path | None, model: HybridForCausalLM) -> None:
+def _write_summary(directory: Path, summary: dict[str, Any], checkpoint: Path | None, model: Any) -> None:
     """The last file of a run: where it stands, the run is finished."""
     summary |= {"resumed_from": None if checkpoint is None else str(checkpoint)}
     summary |= {"parameters": model.num_parameters(), "torch": torch.__version__, "device": str(model.device)}
     write_json(directory / SUMMARY_FILE, summary)
+
+
+def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: _Data) -> HybridTrainer:
+    trainer = HybridTrainer(
+        model=_build_model(recipe, data.tokenizer),
+        args=arguments,
+        train_dataset=data.training,
+        eval_dataset=data.evaluation,
+        data_collator=data.collator,
+        processing_class=data.tokenizer,
+        retention=RetentionCallback(recipe.controller, recipe.retention),
+        scorer_lr_scale=recipe.training.scorer_lr_scale,
+        scorer_weight_decay=recipe.training.scorer_weight_decay,
+    )
+    # Every process its own dropout, as each has its own samples.
+    seed_generators(recipe.training.seed, device_specific=True)
+    return trainer
 
 
 def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> HybridForCausalLM:

@@ -163,8 +163,7 @@ class HybridTrainer(Trainer):
             if checkpoint is None:
                 raise CheckpointError(f"{run} has no checkpoint to resume from.")
         if checkpoint:
-            with explaining_reads(str(checkpoint), "training state"):
-                checkpointing.TrainerState.load_from_json(str(Path(checkpoint) / checkpointing.STATE_FILE))
+            checkpointing.saved_step(Path(checkpoint))  # readable, or an error that says which is not
         return super().train(checkpoint or None, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
