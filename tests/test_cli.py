@@ -290,6 +290,10 @@ def test_info_of_recipes_and_of_a_directory(
     assert costs[text_model]["total_parameters"] == HybridForCausalLM.from_pretrained(text_model).num_parameters()
     assert f"{costs['gdn-lte-1.4b']['total_parameters']:,}" in shown
     assert "1,048,576" in shown
+    assert "(0.2%)" in shown  # the scorer's share
+    assert costs["gdn-lte-1.4b"]["training"]["tokens"] == 30_720 * 2**20
+    assert "training" not in costs[text_model]
+    assert "activations (estimate)" in shown
     (tmp_path / "empty").mkdir()
     assert "neither a config.json nor a recipe.toml" in refused(capsys, "info", str(tmp_path / "empty"))
 

@@ -30,8 +30,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def publish_directory(source: Path, target: Path) -> None:
+    """Rename a directory once all that is in it has reached the disk, so that `target` is whole even after a power cut.
+
+    Raises:
+        OSError: if `target` exists and is not empty, or lies on another file system.
+    """
+    for path in [*source.rglob("*"), source]:
+        _flush(path)
+    os.rename(source, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8; returns the path."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
 def write_json(path: str | os.PathLike[str], data: Any) -> Path:
     """Write `data` as indented JSON; returns the path."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Path(path)
+    return write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

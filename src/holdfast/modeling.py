@@ -28,6 +28,7 @@ from holdfast.mixers.layout import (
     real_columns,
     restore_order,
 )
+from holdfast.mixers.penalty import count_kept, retention_penalty
 from holdfast.ops.norms import rms_norm
 from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
 
@@ -48,6 +49,8 @@ class HybridPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
+        if self.config.tie_word_embeddings and module is getattr(self, "lm_head", None):
+            return  # its weight is the embeddings'; after a start on the meta device it would be drawn a second time
         if isinstance(module, (nn.Linear, nn.Embedding)):
             shrink = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "writes_residual", False) else 1
             init.normal_(module.weight, mean=0.0, std=std / shrink)
@@ -245,10 +248,9 @@ class HybridModel(HybridPreTrainedModel):
         reach = self.eviction_layers()[0].router.reach
         penalised = layout.followed_by(reach)
         sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
-        kept = torch.stack([((s.detach() > 0) & penalised.unsqueeze(2)).sum((0, 1)) / sequences for s in scores])
         return RetentionOutput(
             scores=tuple(restore_order(s, order) for s in scores),
-            kept=kept,
+            kept=count_kept(scores, penalised, sequences),
             penalised=restore_order(penalised, order),
         )
 
@@ -346,12 +348,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return like.new_zeros((), dtype=torch.float32)
         assert retention.scores is not None
         assert retention.penalised is not None
-        count = retention.penalised.sum().clamp(min=1)
-        per_layer = [
-            (F.relu(s) * lam).masked_fill(~retention.penalised.unsqueeze(2), 0).sum() / (count * s.shape[2])
-            for s, lam in zip(retention.scores, self.model.l1_lambda, strict=True)
-        ]
-        return torch.stack(per_layer).mean()
+        return retention_penalty(retention.scores, self.model.l1_lambda, retention.penalised)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -7,6 +7,7 @@ import pytest
 import tyro
 
 from holdfast.training import SettingsError, list_recipes, load_recipe
+from holdfast.training.overrides import override
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.settings import from_mapping, to_toml
 
@@ -160,6 +161,57 @@ def test_command_line_overrides():
     )
     text = tyro.cli(Recipe, default=load_recipe("books-lalte"), args=["--data.source", "elsewhere"])
     assert text.data == dataclasses.replace(load_recipe("books-lalte").data, source="elsewhere")
+
+
+def overridden(name: str, arguments: str) -> Recipe:
+    return override(load_recipe(name), arguments.split(), tyro.cli)
+
+
+def test_overrides_reach_what_the_recipe_does_not_name():
+    plain = load_recipe("books-lalte")
+    arguments = (
+        "--model.rms-norm-eps 1e-5 --model.intermediate-size 96 --model.mixer-options.learned-eviction.threshold 0.3"
+    )
+    arguments += " --model.mixer-options.gated-deltanet.allow-neg-eigval --controller.sharing layer --data.split x"
+    arguments += " --model.mixer-options.learned-eviction.conv-size 3 3 --model.no-tie-word-embeddings"
+    arguments += " --model.mixer-options.learned-eviction.conv-dilation 2 2"
+    recipe = overridden("books-lalte", arguments)
+    named = plain.model["mixer_options"]
+    assert recipe.model == plain.model | {
+        "rms_norm_eps": 1e-5,
+        "intermediate_size": 96,
+        "tie_word_embeddings": False,
+        "mixer_options": {
+            "gated_deltanet": named["gated_deltanet"] | {"allow_neg_eigval": True},
+            "learned_eviction": named["learned_eviction"]
+            | {"threshold": 0.3, "conv_size": [3, 3], "conv_dilation": [2, 2]},
+        },
+    }
+    assert (recipe.controller.sharing, recipe.data.split) == ("layer", "x")
+    assert type(recipe) is Recipe
+    assert override(plain, [], tyro.cli) == plain
+
+
+def test_every_setting_of_the_model_can_be_overridden():
+    plain = load_recipe("needle-lansa")
+    config = plain.build_config()
+    for mixer, options in config.mixer_options.items():
+        for key, value in options.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                flag = f"--model.mixer-options.{mixer}.{key}".replace("_", "-")
+                recipe = overridden("needle-lansa", f"{flag} {2 * value}")
+                assert recipe.build_config().mixer_options[mixer][key] == 2 * value
+
+
+def test_overrides_may_change_the_mixers():
+    recipe = overridden("books-lalte", "--model.mixers gated_deltanet sliding_attention")
+    assert recipe.build_config().mixers == ["gated_deltanet", "sliding_attention"] * 2
+    assert list(recipe.model["mixer_options"]) == ["gated_deltanet"]
+    arguments = "--model.mixers full_attention --model.mixer-options.full-attention.num-heads 4"
+    recipe = overridden("books-lalte", arguments)
+    assert recipe.model["mixer_options"] == {"full_attention": {"num_heads": 4}}
+    with pytest.raises(ValueError, match=r"\[model\] no mixer is named gated"):
+        overridden("books-lalte", "--model.mixers gated")
 
 
 @dataclasses.dataclass

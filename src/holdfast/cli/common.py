@@ -142,7 +142,7 @@ def format_bytes(count: int) -> str:
 def format_count(count: float) -> str:
     """`count` with three digits and a decimal suffix: 512, 1.37 G."""
     size, suffix = float(count), ""
-    for larger in (" k", " M", " G", " T"):
+    for larger in (" k", " M", " G", " T", " P", " E", " Z", " Y"):
         if size < 999.5:
             break
         size, suffix = size / 1000, larger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,9 +18,11 @@ from holdfast.files import write_json
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
     from holdfast.info import ModelCost
+    from holdfast.training.cost import TrainingCost
 
 DESCRIPTION = """\
-Show what models cost: parameters by part, operations per token, bytes of cache by context length. Nothing is allocated.
+Show what models cost: parameters by part, operations per token, bytes of cache by context length, and for recipes what
+training takes. Nothing is allocated.
 
 examples:
   holdfast info gdn-lte-1.4b
@@ -52,14 +54,20 @@ def run(arguments: Sequence[str]) -> None:
     import torch
 
     from holdfast.info import describe_cost
+    from holdfast.training.cost import describe_training
 
     dtype = getattr(torch, settings.dtype)
     costs = {
         name: describe_cost(_read_config(name), dtype=dtype, batch_size=settings.batch_size) for name in settings.models
     }
+    recipes = {name: read_recipe(name) for name in settings.models if not Path(name).is_dir()}
+    training = {name: describe_training(recipe) for name, recipe in recipes.items()}
     _show(costs)
+    if training:
+        _show_training(training)
     if settings.json is not None:
-        write_json(settings.json, {name: cost.to_dict() for name, cost in costs.items()})
+        numbers = {name: cost.to_dict() for name, cost in costs.items()}
+        write_json(settings.json, numbers | {n: numbers[n] | {"training": c.to_dict()} for n, c in training.items()})
 
 
 def _read_config(name: str) -> HybridConfig:
@@ -81,7 +89,9 @@ def _show(costs: dict[str, ModelCost]) -> None:
     parts = ["embeddings", *sorted(named - {"embeddings", *fixed}), *(part for part in fixed if part in named)]
     table = _table("parameters", "part", costs)
     for part in parts:
-        table.add_row(part, *(_cell(cost.parameters.get(part)) for cost in costs.values()))
+        is_share = part == "retention scorer"
+        cells = (_cell(cost.parameters.get(part), cost.total_parameters * is_share) for cost in costs.values())
+        table.add_row(part, *cells)
     table.add_section()
     table.add_row("total", *(f"{cost.total_parameters:,}" for cost in costs.values()))
     console.print(table)
@@ -103,7 +113,21 @@ def _show(costs: dict[str, ModelCost]) -> None:
     console.print(table)
 
 
-def _table(title: str, first_heading: str, costs: dict[str, ModelCost]) -> Table:
+def _show_training(costs: dict[str, TrainingCost]) -> None:
+    table = _table("training (memory of one device, without sharding)", "", costs)
+    rows = {
+        "tokens a step": [f"{cost.tokens_per_step:,}" for cost in costs.values()],
+        "tokens": [format_count(cost.tokens) for cost in costs.values()],
+        "operations": [format_count(cost.flops) for cost in costs.values()],
+        "weights, gradients, AdamW": [format_bytes(cost.state_bytes) for cost in costs.values()],
+        "activations (estimate)": [format_bytes(cost.activation_bytes) for cost in costs.values()],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    output_console().print(table)
+
+
+def _table(title: str, first_heading: str, costs: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", min_width=40)
     table.add_column(first_heading, justify="left", no_wrap=True)
     for name in costs:
@@ -111,5 +135,8 @@ def _table(title: str, first_heading: str, costs: dict[str, ModelCost]) -> Table
     return table
 
 
-def _cell(count: int | None) -> str:
-    return "–" if count is None else f"{count:,}"
+def _cell(count: int | None, of: int = 0) -> str:
+    """The count, and its share where it is one `of` a total."""
+    if count is None:
+        return "–"
+    return f"{count:,} ({count / of:.1%})" if of else f"{count:,}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from holdfast.cli.common import output_console, read_recipe
 from holdfast.cli.errors import UsageError
@@ -51,7 +53,7 @@ def _list_recipes() -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from holdfast.training.recipe import Recipe
+    from holdfast.training.overrides import override
 
     resume = "--resume" in arguments
     arguments = [argument for argument in arguments if argument != "--resume"]
@@ -61,13 +63,20 @@ def _train(arguments: list[str]) -> None:
     recipe = read_recipe(name)
     if overrides:
         description = "Settings of the recipe that can be overridden, and --resume to continue a run."
-        recipe = parse(Recipe, overrides, prog=f"holdfast train {name}", description=description, default=recipe)
+        program = f"holdfast train {name}"
+
+        def read(kind: Any, args: Sequence[str], default: Any) -> Any:
+            return parse(kind, args, prog=program, description=description, default=default)
+
         try:
-            recipe.build_config()
+            recipe = override(recipe, overrides, read)
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError(str(error)) from error
 
     from holdfast.training.run import train
 
     directory = train(recipe, resume=resume)
-    output_console().print(f"The model is in {directory}.", soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes have trained it
+        output_console().print(f"The model is in {directory}.", soft_wrap=True)

@@ -6,8 +6,9 @@ A new mixer is one file and one line here.
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer
 from holdfast.mixers.gated_deltanet import GatedDeltaNet
 from holdfast.mixers.layout import TokenLayout
-from holdfast.mixers.learned_eviction import LearnedEviction
+from holdfast.mixers.learned_eviction import LearnedEviction, LearnedEvictionOptions
 from holdfast.mixers.native_sparse_attention import NativeSparseAttention
+from holdfast.mixers.penalty import RetentionPenalty
 from holdfast.mixers.softmax_attention import FullAttention, SlidingAttention
 from holdfast.mixers.state import MixerState
 
@@ -24,10 +25,12 @@ __all__ = [
     "FullAttention",
     "GatedDeltaNet",
     "LearnedEviction",
+    "LearnedEvictionOptions",
     "MixerOptions",
     "MixerOutput",
     "MixerState",
     "NativeSparseAttention",
+    "RetentionPenalty",
     "SlidingAttention",
     "TokenLayout",
     "TokenMixer",

@@ -54,6 +54,12 @@ class TokenLayout:
     fresh: bool = True
     _tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def whole(cls, batch_size: int, length: int, device: torch.device | str | None = None) -> TokenLayout:
+        """The layout of B rows of T tokens, each a sequence from its start: no cache, no pads, no packing."""
+        positions = torch.arange(length, device=device).expand(batch_size, -1)
+        return cls(torch.zeros(batch_size, dtype=torch.long, device=device), positions)
+
     @property
     def batch_size(self) -> int:
         return self.positions.shape[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
@@ -106,6 +106,10 @@ class LearnedEviction(SoftmaxAttention):
             shared=options.scorer_sharing == "layer",
             threshold=options.threshold,
         )
+        with torch.random.fork_rng(devices=[]):  # a scorer's own start, which moves nothing else that a seed decides
+            for module in self.router.modules():
+                if callable(initialise := getattr(module, "init_weights", None)):
+                    initialise(nn.init)
 
     @classmethod
     def make_state(cls, options: LearnedEvictionOptions) -> WindowState:

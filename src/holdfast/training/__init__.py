@@ -11,12 +11,13 @@ from holdfast.training.settings import SettingsError
 
 # These import transformers' Trainer, which takes seconds: only when asked for.
 _LAZY = {
+    "CheckpointError": "checkpointing",
     "HybridTrainer": "trainer",
     "MetricsFile": "metrics",
     "ProgressBar": "metrics",
     "Recipe": "recipe",
     "RetentionCallback": "callbacks",
-    "RunDirectoryError": "run",
+    "RunDirectoryError": "run_directory",
     "TrainingDivergedError": "trainer",
     "list_recipes": "recipe",
     "load_recipe": "recipe",

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
@@ -112,6 +113,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
             self._hook.remove()
             self._hook = None
 
+    @torch.compiler.disable  # counting in Python would recompile the model at every step
     def _record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not module.training:
             return

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from holdfast.files import write_text
 from holdfast.training.trainer import HybridTrainer
 
 
@@ -22,8 +23,8 @@ class MetricsFile(TrainerCallback):
     Each record has `step`, `seconds` (of training, resumed parts included) and the Trainer's own logs; where a loss was
     logged also the metrics of `RetentionCallback.drain`.
 
-    Each line is one write, so a killed run leaves at most one broken line, the last. When a run resumes, lines past
-    the step it resumes from are taken out, so that every step stands there once.
+    At every checkpoint there is a line too. Each line is one write, so a killed run leaves at most one broken line, the
+    last. When a run resumes, lines past the step it resumes from are taken out, so that every step stands there once.
 
     Args:
         path: the file; made anew when a run starts from step 0.
@@ -41,9 +42,12 @@ class MetricsFile(TrainerCallback):
             before = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             before = before if state.global_step else []
             self._started -= before[-1]["seconds"] if before else 0
-            beside = self.path.with_suffix(".part")
-            beside.write_text("".join(map(_line, before)), encoding="utf-8")
-            os.replace(beside, self.path)
+            write_text(self.path, "".join(map(_line, before)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # What is logged are means since the last log, which a checkpoint does not hold: none may span one, or a resumed
+        # run would log other numbers than one that was never interrupted.
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -52,8 +56,11 @@ class MetricsFile(TrainerCallback):
         record |= logs
         if "loss" in logs:
             record |= self.trainer.last_metrics
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(_line(record).encode())
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(_line(record).encode())
+        except OSError as error:  # a full disk does not say which file it had no room for
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

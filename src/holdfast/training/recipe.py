@@ -90,9 +90,10 @@ class TrainingSection:
     max_steps: int
     """Optimizer steps."""
     batch_size: int = 32
-    """Sequences per device and micro-batch."""
+    """Sequences per micro-batch: what one device computes at once."""
     accumulation: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step, shared by all devices: on n devices each takes 1/n of them, so that a recipe
+    trains the same model on any number of devices that divides this."""
     learning_rate: float = 3e-4
     scorer_lr_scale: float = 1.0
     """Factor on the learning rate of the scorers of learned eviction."""
@@ -110,6 +111,11 @@ class TrainingSection:
     """Of the initial weights, the data and dropout."""
     bf16: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """Whether torch.compile takes the model."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (started by torchrun or `accelerate launch`) share the model: each holds all of it, or
+    weights, gradients and optimizer are sharded (FSDP2)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     save_every: int = 500
@@ -134,6 +140,8 @@ class TrainingSection:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.final_lr_share <= 1:
             raise ValueError(f"final_lr_share must lie between 0 and 1, got {self.final_lr_share}.")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel must be 'ddp' or 'fsdp', got {self.parallel!r}.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -13,34 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed as seed_generators
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerFast, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from holdfast.data.needle import NeedleStream
 from holdfast.data.text import collate_isolated, is_prepared, load_tokenizer
+from holdfast.files import replacing, write_json
 from holdfast.modeling import HybridForCausalLM
+from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
+from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, saved_step
 from holdfast.training.metrics import MetricsFile, ProgressBar
-from holdfast.training.recipe import NeedleData, Recipe, TextData, load_recipe
-from holdfast.training.settings import to_toml
+from holdfast.training.recipe import NeedleData, Recipe, TextData
+from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE
 from holdfast.training.text_blocks import evaluation_blocks, own_tokenizer, training_blocks
 from holdfast.training.trainer import HybridTrainer
-
-logger = logging.get_logger(__name__)
-
-RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
-# Found alone, these say that a run was prepared and never trained a step.
-_PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-_OWN_FILES = {*_PREPARED, METRICS_FILE, SUMMARY_FILE, "config.json", "generation_config.json", "model.safetensors"}
-# What a resumed run may do differently: nothing that the weights depend on.
-_MAY_CHANGE = ("output.", "description", *(f"training.{name}_every" for name in ("log", "save", "eval")))
-_MAY_CHANGE += ("training.keep_checkpoints", "training.workers")
-
-
-class RunDirectoryError(RuntimeError):
-    """The run directory holds something that this run must not touch; the message says what to do."""
 
 
 def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
@@ -48,31 +37,85 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
 
     Writes to the directory `output.directory`/`name`: the recipe as used (recipe.toml), metrics.jsonl, checkpoints, and
     at the end the model (and tokenizer) by `save_pretrained` and summary.json. A resumed run continues the weights,
-    the optimizer, the data and λ exactly where the checkpoint left them.
+    the optimizer, the data, λ and the random numbers exactly where the checkpoint left them.
+
+    Started by torchrun or `accelerate launch`, the processes share the work by DDP or FSDP2 (`training.parallel`, or
+    what accelerate's configuration says); all of them must see the run directory.
 
     Args:
         recipe: what to train.
         resume: True: from the last whole checkpoint of the run, or from scratch if there is none; a path: from that
-            checkpoint; False: from scratch.
+            checkpoint; False: from scratch. A finished run goes on if `training.max_steps` is raised.
 
     Returns:
         The run directory.
 
     Raises:
         RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume.
+        CheckpointError: if a checkpoint cannot be written (a full disk, say), or the one to resume from not be read.
         TrainingDivergedError: if the loss is no longer a number.
         ValueError: if the recipe does not fit together, e.g. a tokenizer larger than the model's vocabulary.
     """
     recipe.build_config()  # a mistake in the recipe must not leave a directory behind
     directory = Path(recipe.output.directory) / recipe.name
-    if _is_first_process():
-        _claim(directory, recipe, resume=bool(resume))
-    checkpoint = _last_checkpoint(directory) if resume is True else (resume or None)
-    data = _build_data(recipe, directory, resume=bool(resume))
-    model = _build_model(recipe, data.tokenizer)
+    arguments = _training_arguments(recipe, directory)  # connects the processes, where there are several
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            run_directory.claim(directory, recipe, resume=bool(resume))
+        checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
+        data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or arguments.process_index > 0)
+    if checkpoint is not None and saved_step(checkpoint) >= recipe.training.max_steps:
+        return _finish(recipe, directory, checkpoint)
+    trainer = _build_trainer(recipe, arguments, data)
+    bar = ProgressBar()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
+    trainer.add_callback(bar)
+    started = time.monotonic()
+    with _quiet_saving():
+        try:
+            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            bar.close()
+        trainer.save_final(directory)
+    if trainer.is_world_process_zero():
+        seconds = round(time.monotonic() - started, 1)
+        summary = {"steps": result.global_step, "training_loss": result.training_loss}
+        _write_summary(directory, summary | {"seconds": seconds}, checkpoint, trainer.model)
+    return directory
+
+
+def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
+    """End a run that was killed after its last checkpoint: what remains is to put the model in its place."""
+    steps = recipe.training.max_steps
+    if saved_step(checkpoint) > steps:
+        raise CheckpointError(f"training.max_steps is {steps}, but {checkpoint} is past it: raise it.")
+    if not list(checkpoint.glob("*.safetensors")):
+        raise CheckpointError(f"{checkpoint} holds shards only: raise training.max_steps, or resume an earlier one.")
+    if os.environ.get("RANK", "0") == "0":
+        discard_incomplete(directory)
+        for path in checkpoint.iterdir():
+            # All but the state of training, which torch has pickled.
+            if path.is_file() and path.suffix not in (".pt", ".pth", ".bin") and path.name != STATE_FILE:
+                with replacing(directory / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        with torch.device("meta"):
+            model = HybridForCausalLM(recipe.build_config())
+        _write_summary(directory, {"steps": steps, "training_loss": None, "seconds": 0.0}, checkpoint, model)
+    return directory
+
+
+def _write_summary(directory: Path, summary: dict[str, Any], checkpoint: Path | None, model: Any) -> None:
+    """The last file of a run: where it stands, the run is finished."""
+    summary |= {"resumed_from": None if checkpoint is None else str(checkpoint)}
+    summary |= {"parameters": model.num_parameters(), "torch": torch.__version__, "device": str(model.device)}
+    write_json(directory / SUMMARY_FILE, summary)
+
+
+def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: _Data) -> HybridTrainer:
     trainer = HybridTrainer(
-        model=model,
-        args=_training_arguments(recipe, directory, has_eval=data.evaluation is not None),
+        model=_build_model(recipe, data.tokenizer),
+        args=arguments,
         train_dataset=data.training,
         eval_dataset=data.evaluation,
         data_collator=data.collator,
@@ -81,32 +124,9 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
         scorer_lr_scale=recipe.training.scorer_lr_scale,
         scorer_weight_decay=recipe.training.scorer_weight_decay,
     )
-    bar = ProgressBar()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
-    trainer.add_callback(bar)
-    started = time.monotonic()
-    with _quiet_saving():
-        try:
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-        finally:
-            bar.close()
-        trainer.save_model(str(directory))
-    if trainer.is_world_process_zero():
-        summary = {
-            "steps": result.global_step,
-            "training_loss": result.training_loss,
-            "seconds": round(time.monotonic() - started, 1),
-            "resumed_from": None if checkpoint is None else str(checkpoint),
-        }
-        _write_summary(directory, model, summary)
-    return directory
-
-
-def _write_summary(directory: Path, model: HybridForCausalLM, summary: dict[str, Any]) -> None:
-    """The last file of a run: where it stands, the run is finished."""
-    summary |= {"parameters": model.num_parameters(), "torch": torch.__version__, "device": str(model.device)}
-    _write(directory / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    # Every process its own dropout, as each has its own samples.
+    seed_generators(recipe.training.seed, device_specific=True)
+    return trainer
 
 
 def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> HybridForCausalLM:
@@ -117,7 +137,7 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None) -> H
     elif isinstance(recipe.data, NeedleData):
         config.bos_token_id, config.eos_token_id = recipe.data.task.bos_token_id, None
         config.pad_token_id = recipe.data.task.pad_token_id
-    set_seed(recipe.training.seed)
+    seed_generators(recipe.training.seed)
     model = HybridForCausalLM(config)
     if recipe.training.gradient_checkpointing:
         # Renamed in transformers 5.23. Enabled here since the Trainer's own setting was renamed too.
@@ -146,10 +166,11 @@ class _Data:
     tokenizer: PreTrainedTokenizerFast | None
 
 
-def _build_data(recipe: Recipe, directory: Path, resume: bool) -> _Data:
+def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
+    """The data; `keep_tokenizer`: use the one that an earlier part of the run, or another process, has trained."""
     if isinstance(recipe.data, NeedleData):
         return _needle_data(recipe, recipe.data)
-    return _text_data(recipe, recipe.data, directory, resume)
+    return _text_data(recipe, recipe.data, directory, keep_tokenizer)
 
 
 def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
@@ -158,24 +179,23 @@ def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
         raise ValueError(
             f"model.vocab_size is {recipe.model['vocab_size']}, but the needle task has {data.task.vocab_size} tokens."
         )
-    per_step = training.batch_size * training.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = training.batch_size * training.accumulation
     curriculum = [(step * per_step, pairs, length) for step, pairs, length in data.curriculum] or None
     stream = NeedleStream(data.task, curriculum, training.seed, size=training.max_steps * per_step)
     held_out = NeedleStream(data.task, None, training.seed + 1, size=data.eval_samples)
     return _Data(stream, held_out if training.eval_every else None, NeedleStream.collate, None)
 
 
-def _text_data(recipe: Recipe, data: TextData, directory: Path, resume: bool) -> _Data:
+def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: bool) -> _Data:
     if is_prepared(data.source):
         tokenizer = load_tokenizer(data.source)
     elif data.tokenizer != "train":
         tokenizer = load_tokenizer(data.tokenizer)
-    elif resume and (directory / "tokenizer.json").exists():
+    elif keep_tokenizer and (directory / "tokenizer.json").exists():
         tokenizer = load_tokenizer(directory)
     else:
         tokenizer = own_tokenizer(data, recipe.model["vocab_size"])
-        if _is_first_process():
-            tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     if len(tokenizer) > recipe.model["vocab_size"]:
         raise ValueError(
             f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {data.tokenizer!r} has "
@@ -187,14 +207,21 @@ def _text_data(recipe: Recipe, data: TextData, directory: Path, resume: bool) ->
     return _Data(blocks, evaluation, collator, tokenizer)
 
 
-def _training_arguments(recipe: Recipe, directory: Path, has_eval: bool) -> TrainingArguments:
-    training = recipe.training
+def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
+    training, data = recipe.training, recipe.data
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.accumulation % processes:
+        raise ValueError(
+            f"training.accumulation is {training.accumulation}: {processes} processes cannot share as many "
+            "micro-batches; make it a multiple, and lower training.batch_size to keep the step the same."
+        )
+    has_eval = training.eval_every > 0 and (isinstance(data, NeedleData) or data.validation_split is not None)
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.accumulation,
+        gradient_accumulation_steps=training.accumulation // processes,
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": training.final_lr_share},
@@ -205,10 +232,13 @@ def _training_arguments(recipe: Recipe, directory: Path, has_eval: bool) -> Trai
         max_grad_norm=training.clip,
         bf16=training.bf16,
         # A curriculum is in the order of the samples; text is shuffled.
-        train_sampling_strategy="sequential" if isinstance(recipe.data, NeedleData) else "random",
+        train_sampling_strategy="sequential" if isinstance(data, NeedleData) else "random",
         dataloader_num_workers=training.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),
+        torch_compile=training.compile,
+        fsdp=True if training.parallel == "fsdp" and processes > 1 else None,  # type: ignore[arg-type]
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["HybridBlock"]},
         # A scorer that is frozen after wrapping has no gradient to wait for.
         ddp_find_unused_parameters=recipe.retention.scorer_freeze_steps > 0,
         logging_steps=training.log_every,
@@ -223,74 +253,3 @@ def _training_arguments(recipe: Recipe, directory: Path, has_eval: bool) -> Trai
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _claim(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the directory this run's, or raise."""
-    recipe_file = directory / RECIPE_FILE
-    found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-    if resume and recipe_file.exists():
-        _check_same(recipe_file, recipe)
-    if found - _PREPARED:
-        alternatives = "give the run another name, or set output.overwrite to start over"
-        if SUMMARY_FILE in found and (resume or not recipe.output.overwrite):
-            raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
-        if RECIPE_FILE not in found and not recipe.output.overwrite:
-            raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
-        if not (resume or recipe.output.overwrite):
-            raise RunDirectoryError(f"{directory} holds an unfinished run: resume it, {alternatives}.")
-        if not resume and RECIPE_FILE in found:
-            _clear(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(recipe_file, to_toml(recipe))
-
-
-def _check_same(recipe_file: Path, recipe: Recipe) -> None:
-    before, now = (_flat(json.loads(json.dumps(dataclasses.asdict(r)))) for r in (load_recipe(recipe_file), recipe))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
-            raise RunDirectoryError(
-                f"{recipe_file.parent} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}: resume it "
-                "with its own recipe, or give the run another name."
-            )
-
-
-def _flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        is_table = isinstance(value, dict)
-        flat |= _flat(value, f"{path}{key}.") if is_table else {f"{path}{key}": value}
-    return flat
-
-
-def _clear(directory: Path) -> None:
-    """Take out what an earlier run wrote; anything else stays."""
-    for checkpoint in directory.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for name in _OWN_FILES:
-        (directory / name).unlink(missing_ok=True)
-
-
-def _last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end; a run killed while saving leaves a broken one."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the Trainer writes it last
-        except (OSError, ValueError):
-            logger.warning(f"{path} is incomplete: an earlier checkpoint is used.")
-        else:
-            return str(path)
-    logger.warning(f"{directory} has no checkpoint yet: training starts from the beginning.")
-    return None
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

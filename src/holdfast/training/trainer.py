@@ -1,19 +1,31 @@
-"""The transformers Trainer, with what hybrid models need: parameter groups, retention metrics, a stop on NaN."""
+"""The transformers Trainer, with what hybrid models need: parameter groups, retention metrics, a stop on NaN.
+
+And with checkpoints that survive a crash: see `holdfast.training.checkpointing`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from holdfast.data.stream import TextStream
 from holdfast.files import write_json
+from holdfast.training import checkpointing
 from holdfast.training.callbacks import RetentionCallback
+from holdfast.training.checkpointing import CheckpointError, explaining_reads, explaining_writes
 
 DATA_POSITION = "data_position"
 """Directory in a checkpoint where each process leaves its position in a `TextStream`."""
@@ -67,8 +79,9 @@ class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
     Its logs gain `lm_loss`, `retention_loss`, and over all heads `kept_mean|min|max` and `lambda_mean|max`. A loss that
-    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A `TextStream` to
-    train on is shared out over the processes, and checkpoints hold its position.
+    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint bears
+    its name only when it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A
+    `TextStream` to train on is shared out over the processes, and checkpoints hold its position.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
@@ -91,7 +104,24 @@ class HybridTrainer(Trainer):
         self.scorer_lr_scale = scorer_lr_scale
         self.last_metrics: dict[str, Any] = {}
         self._first_bad_step: Tensor | None = None
+        self._is_staging = False
         self.add_callback(retention or RetentionCallback())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Sequences of training have a few lengths at most: symbolic ones cost speed, and inductor fails on them.
+        self.accelerator.state.dynamo_plugin.dynamic = False
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None and self.args.fsdp and self.args.world_size > 1:
+            raise ValueError("accelerate shards models (FSDP) on accelerators only: on CPUs train with DDP.")
+        if plugin is None or plugin.fsdp_version != 2:
+            return
+        # It would broadcast every tensor of the state as a shard, and λ is a buffer, which FSDP2 does not shard.
+        plugin.cpu_ram_efficient_loading = False
+        if self.args.bf16:
+            # accelerate's default rounds all weights to bf16, the decay rates and the scorers too, and adds gradients
+            # in it. Autocast already computes matrix products in bf16, as under DDP.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     @property
     def retention(self) -> RetentionCallback:
@@ -141,9 +171,83 @@ class HybridTrainer(Trainer):
             logs |= {name: self.last_metrics[name] for name in _SCALARS if name in self.last_metrics}
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            CheckpointError: if a checkpoint cannot be written, or the one to resume from cannot be read.
+            TrainingDivergedError: if the loss is no longer a number.
+        """
+        run = Path(self.args.output_dir or ".")
+        if self.args.should_save:
+            checkpointing.discard_incomplete(run)
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(run))
+            if checkpoint is None:
+                raise CheckpointError(f"{run} has no checkpoint to resume from.")
+        if checkpoint:
+            checkpointing.saved_step(Path(checkpoint))  # readable, or an error that says which is not
+        return super().train(checkpoint or None, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stop_if_diverged()
-        super()._save_checkpoint(*args, **kwargs)
+        run = Path(super()._get_output_dir(trial))
+        staged = run / checkpointing.INCOMPLETE / f"checkpoint-{self.state.global_step}"
+        with explaining_writes(run, self.state.global_step):
+            with self._staging():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(run / staged.name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / checkpointing.STATE_FILE))
+            if self.args.should_save:
+                checkpointing.publish(staged, run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+
+    def save_final(self, directory: Path) -> None:
+        """Save model and tokenizer to `directory` by `save_pretrained`, each file at once or not at all.
+
+        Call it on every rank. Sharded models are gathered, whatever form their checkpoints have.
+        """
+        staged = Path(directory) / checkpointing.INCOMPLETE / "model"
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(str(staged), _internal_call=True)
+        if self.args.should_save:
+            (staged / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and no part of a model
+            for path in staged.iterdir():
+                os.replace(path, Path(directory) / path.name)
+            shutil.rmtree(staged.parent)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Write checkpoints aside meanwhile."""
+        self._is_staging = True
+        try:
+            yield
+        finally:
+            self._is_staging = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / checkpointing.INCOMPLETE) if self._is_staging else run
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered from shards, where a tied weight has become two
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with explaining_reads(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with explaining_reads(checkpoint, "optimizer state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -152,7 +256,8 @@ class HybridTrainer(Trainer):
             write_json(Path(output_dir) / DATA_POSITION / name, self.train_dataset.state_dict())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with explaining_reads(checkpoint, "random state"):
+            super()._load_rng_state(checkpoint)
         if checkpoint is not None and isinstance(self.train_dataset, TextStream):
             files = sorted((Path(checkpoint) / DATA_POSITION).glob("rank-*.json"))
             if not files:

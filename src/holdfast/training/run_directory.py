@@ -1,0 +1,95 @@
+"""The directory of a run: whose it is, what lies in it, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from holdfast.configuration import AUTO_FILE
+from holdfast.files import write_text
+from holdfast.training.checkpointing import checkpoints
+from holdfast.training.recipe import Recipe, load_recipe
+from holdfast.training.settings import to_toml
+
+RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
+# Found alone, these say that a run was prepared and never trained a step.
+_PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+_MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
+_OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
+# What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
+_FREE = ("max_steps", "log_every", "save_every", "eval_every", "keep_checkpoints", "workers", "parallel", "compile")
+_MAY_CHANGE = ("output.", "description", "training.gradient_checkpointing", *(f"training.{name}" for name in _FREE))
+
+
+class RunDirectoryError(RuntimeError):
+    """The run directory holds something that this run must not touch; the message says what to do."""
+
+
+def claim(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the directory this run's: write its recipe.toml, and clear away a run that is to be overwritten.
+
+    Raises:
+        RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume.
+    """
+    recipe_file = directory / RECIPE_FILE
+    found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+    if resume and recipe_file.exists():
+        _check_same(recipe_file, recipe)
+    if found - _PREPARED:
+        alternatives = "give the run another name, or set output.overwrite to start over"
+        if SUMMARY_FILE in found and resume:
+            _reopen(directory, recipe, alternatives)
+        elif SUMMARY_FILE in found and not recipe.output.overwrite:
+            raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
+        if RECIPE_FILE not in found and not recipe.output.overwrite:
+            raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
+        if not (resume or recipe.output.overwrite):
+            raise RunDirectoryError(f"{directory} holds an unfinished run: resume it, {alternatives}.")
+        if not resume and RECIPE_FILE in found:
+            _clear(directory)
+    write_text(recipe_file, to_toml(recipe))
+
+
+def _reopen(directory: Path, recipe: Recipe, alternatives: str) -> None:
+    """Let a finished run go on, if it is to take more steps than it took."""
+    steps = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["steps"]
+    if recipe.training.max_steps <= steps:
+        raise RunDirectoryError(
+            f"{directory} holds a finished run: raise training.max_steps above {steps} to go on, {alternatives}."
+        )
+    (directory / SUMMARY_FILE).unlink()
+
+
+def _check_same(recipe_file: Path, recipe: Recipe) -> None:
+    before, now = (_everything(one) for one in (load_recipe(recipe_file), recipe))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
+            raise RunDirectoryError(
+                f"{recipe_file.parent} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}: resume it "
+                "with its own recipe, or give the run another name."
+            )
+
+
+def _everything(recipe: Recipe) -> dict[str, Any]:
+    """All settings by dotted name; those of the model with the defaults that the recipe leaves out."""
+    sections = dataclasses.asdict(recipe) | {"model": recipe.build_config().to_dict()}
+    return _flat(json.loads(json.dumps(sections)))
+
+
+def _flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        is_table = isinstance(value, dict)
+        flat |= _flat(value, f"{path}{key}.") if is_table else {f"{path}{key}": value}
+    return flat
+
+
+def _clear(directory: Path) -> None:
+    """Take out what an earlier run wrote; anything else stays."""
+    for checkpoint in checkpoints(directory):
+        shutil.rmtree(checkpoint)
+    for name in _OWN_FILES:
+        (directory / name).unlink(missing_ok=True)

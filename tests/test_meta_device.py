@@ -1,0 +1,31 @@
+"""Weights given to a model that was made on the meta device: all of them, and by seed the same as in memory."""
+
+import pytest
+import torch
+
+from holdfast import HybridForCausalLM
+from holdfast.mixers import MIXERS
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_is_drawn_and_the_seed_says_which(tied, small_config):
+    config = small_config(*MIXERS, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    model.to_empty(device="cpu")
+    assert all(tensor.isnan().any() for tensor in model.state_dict().values() if tensor.is_floating_point())
+    direct = HybridForCausalLM(config)
+    for module in direct.modules():
+        module._is_hf_initialized = False  # transformers' note that it need not draw a second time
+    for made in (model, direct):
+        torch.manual_seed(7)
+        made.init_weights()
+    assert (model.lm_head.weight is model.model.embeddings.weight) == tied
+    expected, found = direct.state_dict(), model.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(found[name], tensor), name
