@@ -17,6 +17,13 @@ def test_the_table_of_the_demo() -> None:
         assert f"| {' | '.join([first['title'], *shares, *sizes])} |" in README
 
 
+def test_data_name_the_code_they_come_from_and_no_place() -> None:
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert re.search(r'"commit": "[0-9a-f]{40}"', text), path
+        assert not re.search(r'"(/|~|[A-Z]:\\\\)', text), path
+
+
 def test_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert len(links) > 5

@@ -38,7 +38,7 @@ class DemoFolderError(RuntimeError):
 def run_demo(settings: DemoSettings, console: Console, progress: Console) -> dict[str, Any]:
     """Train the models, measure them, show a table and an answer, and write everything down.
 
-    Files, in `settings.output`: the four runs under the names of their recipes, logs/, results.json,
+    Files, in `settings.output`: the runs under the names of their recipes, logs/, results.json,
     accuracy_by_distance.png, kept_tokens.png and selected_blocks.png.
 
     Args:
@@ -137,10 +137,11 @@ def _results(
     claim: Claim,
     seconds: float,
 ) -> dict[str, Any]:
-    models = {
-        name: {"title": TITLES[name], **result.to_dict(), "recipe": dataclasses.asdict(recipes[name])}
-        for name, result in results.items()
-    }
+    models = {}
+    for name, result in results.items():
+        recipe = dataclasses.asdict(recipes[name])
+        del recipe["output"]  # a path of this machine says nothing elsewhere
+        models[name] = {"title": TITLES[name], **result.to_dict(), "recipe": recipe}
     return {
         "shortened": settings.shortened,
         "claim": dataclasses.asdict(claim),
