@@ -138,10 +138,12 @@ def _inspect_nvidia(asm: Any) -> tuple[int, int, Counter[str]]:
         binary.write_bytes(asm["cubin"])
         usage = _output(str(tools / "cuobjdump"), "--dump-resource-usage", str(binary))
         code = _output(str(tools / "nvdisasm"), "-c", str(binary)) if (tools / "nvdisasm").is_file() else ""
-    # Triton's programs have no arrays of their own: what lies on the stack was spilled.
     registers, stack = (max(map(int, re.findall(rf"{field}:(\d+)", usage))) for field in ("REG", "STACK"))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    return registers, stack, Counter(names)
+    names = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE))
+    # Triton's programs have no arrays of their own: what lies on the stack was spilled. But the compiler also leaves a
+    # few bytes there that no instruction reads or writes.
+    touched = not names or _count(names, _MIX["local"])
+    return registers, stack if touched else 0, names
 
 
 def _inspect_amd(asm: Any) -> tuple[int, int, Counter[str]]:
