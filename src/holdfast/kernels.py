@@ -34,7 +34,8 @@ class CompiledKernel:
     """What the compiler made of one kernel.
 
     Attributes:
-        registers: per thread (vector registers on AMD). spills: bytes per thread (registers on AMD).
+        registers: per thread (vector registers on AMD).
+        spills: bytes of memory per thread that hold what the registers had no room for.
         shared: bytes per program.
         instructions: how many of each kind stand in the machine code; empty where there is no disassembler.
     """
@@ -137,21 +138,27 @@ def _inspect_nvidia(asm: Any) -> tuple[int, int, Counter[str]]:
         binary.write_bytes(asm["cubin"])
         usage = _output(str(tools / "cuobjdump"), "--dump-resource-usage", str(binary))
         code = _output(str(tools / "nvdisasm"), "-c", str(binary)) if (tools / "nvdisasm").is_file() else ""
-    # Triton's programs have no arrays of their own: what lies on the stack was spilled.
     registers, stack = (max(map(int, re.findall(rf"{field}:(\d+)", usage))) for field in ("REG", "STACK"))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE)
-    return registers, stack, Counter(names)
+    names = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code, re.MULTILINE))
+    # Triton's programs have no arrays of their own: what lies on the stack was spilled. But the compiler also leaves a
+    # few bytes there that no instruction reads or writes.
+    touched = not names or _count(names, _MIX["local"])
+    return registers, stack if touched else 0, names
 
 
 def _inspect_amd(asm: Any) -> tuple[int, int, Counter[str]]:
-    """The same from the assembly, whose end says what was used; spills are counted in registers."""
+    """The same from the assembly, whose end says what was used.
+
+    Spilled is what lies in scratch memory. The compiler's own count of spilled scalar registers is left out: they go
+    into lanes of vector registers, which costs no memory traffic, and where lanes run short, scratch memory shows it.
+    """
     text = asm["amdgcn"]
 
     def number(field: str) -> int:
         return int(re.findall(rf"\.{field}:\s+(\d+)", text)[0])
 
     names = re.findall(r"^\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+|scratch_\w+)", text, re.MULTILINE)
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count"), Counter(names)
+    return number("vgpr_count"), number("private_segment_fixed_size"), Counter(names)
 
 
 def _output(*command: str) -> str:

@@ -1,11 +1,12 @@
 """Inputs of the tests of retained_attention, and what they look at."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from holdfast.ops.retained_attention import FOREVER
+from holdfast.ops.retained_attention import FOREVER, retained_attention
 from holdfast.ops.retention import streaming_retention
 
 
@@ -68,3 +69,16 @@ def outputs_and_gradients(
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
+
+
+def assert_like_reference(inputs: tuple[Tensor, ...], until: Tensor | None, window: int | None, backend: str) -> None:
+    """Output and all gradients within rounding of the reference computed in float64."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    attend = functools.partial(retained_attention, visible_until=until, window=window)
+    expected = outputs_and_gradients(functools.partial(attend, backend="reference"), *exact)
+    actual = outputs_and_gradients(functools.partial(attend, backend=backend), *inputs)
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}[inputs[0].dtype]
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert ours.dtype == inputs[0].dtype
+        error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1.0)
+        assert error < limit, f"{name} is off by {error:.2e}"

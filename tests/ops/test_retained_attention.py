@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from retained_attention_inputs import KINDS, outputs_and_gradients, tensors, visibility
+from retained_attention_inputs import KINDS, assert_like_reference, outputs_and_gradients, tensors, visibility
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,19 +18,6 @@ from holdfast.ops.retained_attention import BACKENDS, FOREVER, blocked, retained
 
 # Triton has tests of its own: the interpreter takes no float64 and a second a call.
 FAST_BACKENDS = [name for name in BACKENDS if name not in ("reference", "triton")]
-
-
-def assert_like_reference(inputs: tuple[Tensor, ...], until: Tensor | None, window: int | None, backend: str) -> None:
-    """Output and all gradients within rounding of the reference computed in float64."""
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    attend = functools.partial(retained_attention, visible_until=until, window=window)
-    expected = outputs_and_gradients(functools.partial(attend, backend="reference"), *exact)
-    actual = outputs_and_gradients(functools.partial(attend, backend=backend), *inputs)
-    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}[inputs[0].dtype]
-    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-        assert ours.dtype == inputs[0].dtype
-        error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1.0)
-        assert error < limit, f"{name} is off by {error:.2e}"
 
 
 @pytest.fixture(params=FAST_BACKENDS)

@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast.ops import one_token
 from holdfast.ops.window_step import Slots, window_step
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAST = ["pytorch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"))]
+NATIVE = DEVICE == "cpu" and one_token.serves(torch.ones(1))
+FAST = [
+    "pytorch",
+    pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler, or a GPU")),
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
+]
 NAN = float("nan")
 
 

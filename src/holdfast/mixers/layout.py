@@ -53,6 +53,7 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     fresh: bool = True
     _tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _latest: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def whole(cls, batch_size: int, length: int, device: torch.device | str | None = None) -> TokenLayout:
@@ -73,6 +74,13 @@ class TokenLayout:
         if (dim, theta) not in self._tables:
             self._tables[dim, theta] = rotary_tables(self.positions, dim, theta)
         return self._tables[dim, theta]
+
+    def latest_exist(self, count: int) -> Tensor:
+        """[B, count] bool: which of the last `count` tokens, the past's and this call's, there are; once per pass."""
+        if count not in self._latest:
+            age = torch.arange(1 - count, 1, device=self.seen.device)
+            self._latest[count] = (self.seen + self.num_real - 1).unsqueeze(1) + age >= 0
+        return self._latest[count]
 
     @_once
     def num_pads(self) -> Tensor | None:

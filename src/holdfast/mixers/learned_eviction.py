@@ -171,8 +171,7 @@ class LearnedEviction(SoftmaxAttention):
         """One token per row, in place. O(budget + window) time, nothing is copied."""
         tail = state.extended_tail(features, layout)
         reach = self.router.reach
-        age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)
-        valid = (layout.seen + layout.num_real - 1).unsqueeze(1) + age >= 0
+        valid = layout.latest_exist(tail.shape[1])
         score = self.router(tail, valid)[:, 0]
         out = state.step(q[:, 0], k[:, 0], v[:, 0], score, self.options.sinks, layout)
         state.tail.copy_(tail[:, 1:])
@@ -203,8 +202,7 @@ class LearnedEviction(SoftmaxAttention):
         The last R // 2 are not final yet: their future is missing. They are in the window, where no score is needed.
         """
         reach = self.router.reach
-        age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)
-        valid = (layout.seen + layout.num_real - 1).unsqueeze(1) + age >= 0
+        valid = layout.latest_exist(tail.shape[1])
         return self.router(F.pad(tail, (0, 0, 0, 0, 0, reach)), F.pad(valid, (0, reach)))
 
     def _effective(self, scores: Tensor, positions: Tensor) -> Tensor:

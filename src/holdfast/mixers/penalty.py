@@ -20,7 +20,7 @@ def count_kept(scores: Sequence[Tensor], penalised: Tensor, sequences: int) -> T
         penalised: [B, T] bool, the positions that count.
         sequences: in the batch; packed rows hold several.
     """
-    return torch.stack([((s.detach() > 0) & penalised.unsqueeze(2)).sum((0, 1)) / sequences for s in scores])
+    return ((torch.stack(list(scores)).detach() > 0) & penalised.unsqueeze(2)).sum((1, 2)) / sequences
 
 
 def retention_penalty(scores: Sequence[Tensor], l1_lambda: Tensor, penalised: Tensor) -> Tensor:

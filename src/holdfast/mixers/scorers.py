@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import require
+from holdfast.ops import one_token
 
 
 class ConvScorer(nn.Module):
@@ -59,6 +60,10 @@ class ConvScorer(nn.Module):
             [B, T, Hkv] fp32 scores σ(logit) − threshold. O(T · R · D²) time, O(T · D) memory.
         """
         batch, length, heads, channels = features.shape
+        if length == self.receptive_field and not (self.training and self.dropout) and valid.is_contiguous():
+            layers = [*self.conv_stack.convs, self.conv_stack.proj]
+            if one_token.serves(features, *self.conv_stack.parameters()):
+                return one_token.score(features, valid, layers, self.shared, self.threshold).unsqueeze(1)
         x = features.permute(2, 0, 1, 3)  # [Hkv, B, time, channels]
         if self.shared:
             x = x.reshape(1, heads * batch, length, channels)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.ops import one_token
 from holdfast.ops.precision import compute_dtype
 
 
@@ -18,6 +19,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         Same shape and dtype as x; computed in float32 (float64 for float64).
     """
+    if one_token.serves(x):
+        return one_token.norm(x, None, None, 1.0, eps)
     y = x.to(compute_dtype(x))
     return (y * (y.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
@@ -36,6 +39,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         ValueError: weight is not [D].
     """
+    _check(x, weight)
+    if one_token.serves(x, weight):
+        return one_token.norm(x, weight, None, x.shape[-1], eps)
     return _weighted_rms(x, weight, eps).to(x.dtype)
 
 
@@ -58,14 +64,20 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -
         raise ValueError(
             f"gate has shape {list(gate.shape)} but x has {list(x.shape)}: give one gate per element of x."
         )
+    _check(x, weight)
+    if one_token.serves(x, gate, weight):
+        return one_token.norm(x, weight, gate, x.shape[-1], eps)
     y = _weighted_rms(x, weight, eps)
     return (y * F.silu(gate.to(y.dtype))).to(x.dtype)
 
 
-def _weighted_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"weight has shape {list(weight.shape)} but x ends in {x.shape[-1]}: give one weight per channel."
         )
+
+
+def _weighted_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = compute_dtype(x)
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)

@@ -11,11 +11,12 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from holdfast.ops.native import in_threads
 
 FOREVER = 1 << 62
 """`visible_until` of a key that no later query loses."""
@@ -191,15 +192,8 @@ def _streaming_retention(scores: Tensor, budget: int, window: int, sinks: int, s
 
     run = _compiled_store()
     arrays = (rows.numpy(), begins.numpy(), until.numpy(), heads, budget, window, sinks)
-    workers = min(batch * heads, torch.get_num_threads()) if rows.numel() >= _THREADED_SIZE else 1
-    if workers == 1:
-        run(0, batch * heads, *arrays)
-    else:
-        # Threads of our own around a function that holds no lock: numba's own thread layers abort the process when
-        # two threads enter them at once, or after a fork.
-        bounds = [batch * heads * n // workers for n in range(workers + 1)]
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda first, end: run(first, end, *arrays), bounds[:-1], bounds[1:]))
+    workers = torch.get_num_threads() if rows.numel() >= _THREADED_SIZE else 1
+    in_threads(lambda first, end: run(first, end, *arrays), batch * heads, workers)
     return until.view(batch, heads, length).transpose(1, 2).contiguous().to(scores.device)
 
 

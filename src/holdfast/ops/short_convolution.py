@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.ops import one_token
 from holdfast.ops.precision import compute_dtype, without_autocast
 
 
@@ -38,6 +39,8 @@ def short_convolution(
     """
     _check(x, weight, state, cu_seqlens)
     B, T, C = x.shape
+    if T == 1 and state is not None and one_token.serves(x, weight, state):
+        return one_token.convolve(x, weight, state, activation)
     past = x.new_zeros(B, weight.shape[-1] - 1, C) if state is None else state.transpose(1, 2).to(x.dtype)
     rows = torch.cat((past, x), dim=1)
     if T == 1:

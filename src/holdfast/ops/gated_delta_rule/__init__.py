@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from holdfast.ops import one_token
 from holdfast.ops.precision import compute_dtype, without_autocast
 
 from . import fla
@@ -105,6 +106,9 @@ def gated_delta_step(
     (B, T, Hv, V), (Hk, K) = v.shape, k.shape[2:]
     if T != 1:
         raise ValueError(f"gated_delta_step takes one token but got {T}: call gated_delta_rule.")
+    scale = K**-0.5 if scale is None else scale
+    if one_token.serves(q, k, v, g, beta, state):
+        return one_token.delta(q, k, v, g, beta, state, scale)
     dtype = compute_dtype(v)
     with without_autocast(v.device):
         # The value heads of a key head share its query and key: [B, Hk, 1, 1, K] against [B, Hk, Hv/Hk, K, V].
@@ -114,7 +118,7 @@ def gated_delta_step(
         kept = state.to(dtype).reshape(B, Hk, -1, K, V) * decay.exp()
         correction = strength * (v_row - k_row @ kept)
         new_state = torch.addcmul(kept, k_row.mT, correction)
-        out = (q_row * (K**-0.5 if scale is None else scale)) @ new_state
+        out = (q_row * scale) @ new_state
     return out.reshape(B, 1, Hv, V).to(v.dtype), new_state.view(B, Hv, K, V)
 
 

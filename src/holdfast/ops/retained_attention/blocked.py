@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.ops.precision import compute_dtype, without_autocast
+from holdfast.ops.retained_attention import native
 
 # Up to this many queries (decoding, short chunks) all keys are read at once.
 _FEW_QUERIES = 16
@@ -89,6 +90,9 @@ def _tiled(
     # Powers of two are twice as fast as powers of e: log2(e) goes into the scale.
     q_rows, k_rows, v_rows = _query_rows(q, kv_heads) * (scale / math.log(2)), _key_rows(k), _key_rows(v)
     walk = _Walk(q, k, visible_until, window)
+    if native.supports(q_rows, walk.groups):
+        out, log_sum = native.forward(q_rows, k_rows, v_rows, walk.until, walk.groups, walk.window)
+        return _from_query_rows(out, q), log_sum
     out, log_sum = _empty_outputs(q_rows, v)
     with without_autocast(q.device):
         for tile in walk:
@@ -135,9 +139,15 @@ def _tiled_backward(
     q_rows, k_rows, v_rows = _query_rows(q, kv_heads) * (scale / math.log(2)), _key_rows(k), _key_rows(v)
     grad_rows = _query_rows(grad_out, kv_heads)
     inner = (grad_rows * _query_rows(out, kv_heads)).sum(dim=-1, keepdim=True)
+    walk = _Walk(q, k, visible_until, window)
+    if native.supports(q_rows, walk.groups):
+        dq, dk, dv = native.backward(
+            q_rows, k_rows, v_rows, walk.until, walk.groups, walk.window, log_sum, grad_rows, inner
+        )
+        return _from_query_rows(dq.mul_(scale), q), _from_key_rows(dk.mul_(math.log(2)), k), _from_key_rows(dv, v)
     dq, dk, dv = torch.empty_like(q_rows), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
     with without_autocast(q.device):
-        for tile in _Walk(q, k, visible_until, window):
+        for tile in walk:
             q_tile, grad_tile, keys = q_rows[tile.queries], grad_rows[tile.queries], tile.read(k_rows)
             scores = torch.bmm(q_tile, keys.transpose(1, 2)).sub_(log_sum[tile.queries])
             weights = tile.hide(scores).exp2_()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from holdfast.ops.window_step import native
+from holdfast.ops.window_step.native import window_step_native
 from holdfast.ops.window_step.operator import is_available, supports, window_step_triton
 from holdfast.ops.window_step.pytorch import window_step_pytorch
 from holdfast.ops.window_step.reference import window_step_reference
@@ -19,6 +21,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, Slots, Tensor | None, Tensor | None,
 BACKENDS: dict[str, Backend] = {
     "reference": window_step_reference,
     "pytorch": window_step_pytorch,
+    "native": window_step_native,
     "triton": window_step_triton,
 }
 
@@ -54,9 +57,10 @@ def window_step(
         sinks: first tokens of each row, kept forever; at most the budget.
         delay: at most the ring's size, so that a pair's score is known when it leaves.
         scale: factor on the products before the softmax; D^-½ if None.
-        backend: "reference", "pytorch" (any device, differentiable) or "triton" (CUDA and ROCm). None takes triton on a
-            GPU where it is installed, has kernels for the dtypes and sizes (bfloat16, float16, float32; D ≤ 256) and
-            no gradient is wanted; else pytorch.
+        backend: "reference", "pytorch" (any device, differentiable), "native" (C++; float32 on a CPU) or "triton" (CUDA
+            and ROCm). Where no gradient is wanted, None takes triton on a GPU if it is installed and has kernels for
+            the dtypes and sizes (bfloat16, float16, float32; D ≤ 256), and native on a CPU if it can be compiled; else
+            pytorch.
 
     Returns:
         [B, H, D] in the dtype of q; 0 where a row holds nothing. Softmax and sums are in fp32.
@@ -72,11 +76,13 @@ def window_step(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = BACKENDS[backend or _fastest(q, key, value, slots, score)]
+    chosen = BACKENDS[backend or _fastest(q, key, value, slots, score, real)]
     return chosen(q, key, value, slots, score, real, sinks, delay, scale)
 
 
-def _fastest(q: Tensor, key: Tensor, value: Tensor, slots: Slots, score: Tensor | None) -> str:
+def _fastest(q: Tensor, key: Tensor, value: Tensor, slots: Slots, score: Tensor | None, real: Tensor | None) -> str:
+    if native.supports(q, key, value, slots, score, real):
+        return "native"
     inputs = (q, key, value, slots.keys, slots.values, score)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if not q.is_cuda or wants_gradient or not is_available():

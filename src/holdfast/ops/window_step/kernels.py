@@ -336,7 +336,7 @@ def step(
 
 
 ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 2}
-WRITE_OPTIONS = {"num_warps": 4, "num_stages": 1}
+WRITE_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -35,7 +35,7 @@ class Tiles:
 
 _EXACT = {
     64: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    128: Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+    128: Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
     256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
@@ -46,8 +46,8 @@ TILES: dict[str, dict[int, dict[int, Tiles]]] = {
     "large": {
         2: {
             64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-            128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
-            256: Tiles(Tile(64, 16, 8, 2), Tile(128, 16, 8, 2), Tile(32, 32, 8, 2)),
+            128: Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+            256: Tiles(Tile(64, 16, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
         },
         4: _EXACT,
     },

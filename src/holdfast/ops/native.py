@@ -1,0 +1,92 @@
+"""C++ that is compiled where it first runs, and kept for the next process.
+
+A source is plain C++ without PyTorch's headers (two seconds to compile) and is called through `ctypes`, which lets
+other Python threads run meanwhile: `in_threads` is all that it takes to use the other cores. Where there is no
+compiler, or `HOLDFAST_NATIVE=0` is set, nothing is compiled and the caller takes its way in PyTorch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from holdfast.files import replacing
+
+__all__ = ["VECTORS", "in_threads", "load_library"]
+
+VECTORS = Path(__file__).with_name("vectors.h")
+"""Vectors of floats and products of small matrices, for C++ sources."""
+
+_COMPILERS = ("c++", "g++", "clang++")
+_OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")
+# What PyTorch found the processor to have; elsewhere (ARM) the compiler's default includes the vectors.
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+
+
+@functools.cache
+def load_library(source: Path, *headers: Path) -> ctypes.CDLL | None:
+    """The library compiled from `source`, which includes `headers`; None where there is no compiler or it fails, which
+    is said once.
+
+    It lies in `HOLDFAST_CACHE` (`~/.cache/holdfast` if unset), under a name that changes with all that went into it.
+    """
+    if os.environ.get("HOLDFAST_NATIVE", "1") == "0":
+        return None
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        _warn("no C++ compiler was found")
+        return None
+    command = [*compiler.split(), *_OPTIONS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    try:
+        return ctypes.CDLL(str(_compiled([source, *headers], command)))
+    except OSError as error:
+        _warn(f"the C++ compiler failed ({error})")
+        return None
+
+
+def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> None:
+    """Call run(first, end) with ranges that cover `count`, in as many threads; it must not hold Python's lock.
+
+    Threads of our own: those of numba's layers abort the process when two threads enter them at once, or after a fork.
+    """
+    workers = min(count, workers)
+    if workers <= 1:
+        run(0, count)
+        return
+    bounds = [count * n // workers for n in range(workers + 1)]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))
+
+
+def _compiled(sources: Sequence[Path], command: list[str]) -> Path:
+    """Path of the library; OSError if it cannot be made."""
+    parts = [path.read_bytes() for path in sources] + [word.encode() for word in command]
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = Path(os.environ.get("HOLDFAST_CACHE") or Path.home() / ".cache" / "holdfast")
+    target = folder / f"{sources[0].stem}-{name}.so"
+    if target.is_file():
+        return target
+    with replacing(target) as fresh:  # other processes may be compiling the same
+        done = subprocess.run([*command, str(sources[0]), "-o", str(fresh)], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(next(iter(done.stderr.strip().splitlines()), f"exit status {done.returncode}"))
+    return target
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, so attention runs on slower PyTorch code: install g++ or clang++, or name one in CXX "
+        "(HOLDFAST_NATIVE=0 says that you know).",
+        stacklevel=4,
+    )

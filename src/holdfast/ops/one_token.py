@@ -1,0 +1,152 @@
+"""What a decoded token costs outside of the matrix products, in C++ (one_token.cpp).
+
+A model of 12 layers makes some 2,500 calls into PyTorch for one token, most of them on a few hundred numbers. Ops ask
+`serves` and take these functions instead, which give the same numbers up to rounding. They know float32 on a CPU, no
+gradients, and no `torch.compile`, which fuses such operations itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.ops.native import VECTORS, in_threads, load_library
+
+__all__ = ["convolve", "delta", "norm", "rotate", "score", "serves", "step"]
+
+_SOURCE = Path(__file__).with_name("one_token.cpp")
+# What fills vectors of many rows is a task for PyTorch, which has threads for it.
+_LARGEST = 1 << 16
+# Numbers in keys and values from which on starting threads costs less than it saves.
+_THREADED_SLOTS = 1 << 20
+_PLAIN = (Tensor, nn.Parameter)
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "holdfast_norm": [_P] * 4 + [_I] * 2 + [_F] * 2,
+    "holdfast_convolve": [_P] * 5 + [_I] * 4,
+    "holdfast_delta": [_P] * 8 + [_I] * 5 + [_F],
+    "holdfast_rotate": [_P] * 4 + [_I] * 3,
+    "holdfast_score": [_P] * 7 + [_I] * 7 + [_F, _P],
+    "holdfast_step": [_P] * 11 + [_I] * 7 + [_F] + [_I] * 2,
+}
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether these functions can compute with float tensors like these; the first call that could compiles them.
+
+    The first tensor is the one whose size says how much there is to do.
+    """
+    if torch.compiler.is_compiling() or (tensors[0] is not None and tensors[0].numel() > _LARGEST):
+        return False
+    gradient = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+            return False
+        if gradient and x.requires_grad:
+            return False
+    return _library() is not None
+
+
+def norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
+    """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // width if width else 0
+    _call("holdfast_norm", x, weight, gate, out, rows, width, divisor, eps)
+    return out
+
+
+def convolve(x: Tensor, weight: Tensor, state: Tensor, activation: bool) -> tuple[Tensor, Tensor]:
+    """`short_convolution` of x [B, 1, C] behind state [B, C, W − 1] with weight [C, 1, W]."""
+    out, new_state = torch.empty_like(x), torch.empty_like(state)
+    batch, _, channels = x.shape
+    _call("holdfast_convolve", x, weight, state, out, new_state, batch, channels, weight.shape[-1], activation)
+    return out, new_state
+
+
+def delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`gated_delta_step`."""
+    out, new_state = torch.empty_like(v), torch.empty_like(state)
+    sizes = (v.shape[0], k.shape[2], v.shape[2], k.shape[3], v.shape[3])
+    _call("holdfast_delta", q, k, v, g, beta, state, out, new_state, *sizes, scale)
+    return out, new_state
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rotary` of x [B, T, heads, D] with tables [B, T, D / 2]."""
+    out = torch.empty_like(x)
+    batch, length, heads, dim = x.shape
+    _call("holdfast_rotate", x, cos, sin, out, batch * length, heads, dim // 2)
+    return out
+
+
+def score(features: Tensor, valid: Tensor, convolutions: Sequence[nn.Conv2d], shared: bool, threshold: float) -> Tensor:
+    """Scores [B, Hkv] of the middle tokens of features [B, R, Hkv, 2D] by grouped convolutions, the last to a logit.
+
+    valid: bool [B or 1, R]; elsewhere every convolution reads zeros.
+    """
+    batch, length, heads, channels = features.shape
+    out = features.new_empty(batch, heads)
+    count = len(convolutions)
+    weights = (_P * count)(*(conv.weight.data_ptr() for conv in convolutions))
+    biases = (_P * count)(*(conv.bias.data_ptr() for conv in convolutions if conv.bias is not None))
+    kernels = (_I * count)(*(conv.kernel_size[1] for conv in convolutions))
+    dilations = (_I * count)(*(conv.dilation[1] for conv in convolutions))
+    outputs = (_I * count)(*(conv.out_channels // conv.groups for conv in convolutions))
+    stride = length if valid.shape[0] == batch else 0
+    sizes = (count, stride, batch, length, heads, channels, shared)
+    _call("holdfast_score", features, valid, weights, biases, kernels, dilations, outputs, *sizes, threshold, out)
+    return out
+
+
+def step(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Tensor | None,
+    real: Tensor | None,
+    state: Sequence[Tensor | None],
+    sinks: int,
+    delay: int,
+    scale: float,
+) -> Tensor:
+    """`window_step`; state: keys, values, seen, scores and positions of the slots."""
+    keys, seen, positions = state[0], state[2], state[4]
+    assert keys is not None
+    assert seen is not None
+    batch, kv_heads, slots, dim = keys.shape
+    budget = 0 if positions is None else positions.shape[2]
+    out = torch.empty_like(q)
+    groups = q.shape[1] // kv_heads
+
+    def run(first: int, end: int) -> None:
+        sizes = (kv_heads, groups, budget, slots - budget, dim, sinks, delay)
+        _call("holdfast_step", q, key, value, score, real, *state, out, *sizes, scale, first, end)
+
+    in_threads(run, batch * kv_heads, torch.get_num_threads() if 2 * keys.numel() >= _THREADED_SLOTS else 1)
+    seen.add_(1 if real is None else real)
+    return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = load_library(_SOURCE, VECTORS)
+    if library is not None:
+        for name, types in _SIGNATURES.items():
+            getattr(library, name).argtypes = types
+            getattr(library, name).restype = None
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+    getattr(_library(), name)(*values)

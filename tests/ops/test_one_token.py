@@ -1,0 +1,107 @@
+"""The C++ of a decoded token against the same ops in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.mixers.scorers import ConvScorer
+from holdfast.ops import one_token
+from holdfast.ops.gated_delta_rule import gated_delta_step
+from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
+from holdfast.ops.rotary import apply_rotary
+from holdfast.ops.short_convolution import short_convolution
+
+pytestmark = [
+    pytest.mark.skipif(not one_token.serves(torch.ones(1)), reason="there is no C++ compiler"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def assert_same(function: Callable[..., Any], *inputs: Tensor, calls: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`function` gives the same in C++, by the function called `calls`, as in PyTorch with float64."""
+    done = []
+    called = getattr(one_token, calls)
+    monkeypatch.setattr(one_token, calls, lambda *given: (done.append(calls), called(*given))[1])
+    ours = function(*inputs)
+    assert done == [calls]
+    theirs = function(*(x.double() for x in inputs))
+    assert done == [calls]
+    for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 2, 20), (2, 5), (1, 1)])
+def test_norms(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gate, weight = numbers(*shape), numbers(*shape, seed=1), numbers(shape[-1])
+    for function, inputs in ((rms_norm, (x, weight)), (gated_rms_norm, (x, gate, weight)), (l2_norm, (x,))):
+        with monkeypatch.context() as patch:
+            assert_same(function, *inputs, calls="norm", monkeypatch=patch)
+    assert torch.equal(l2_norm(torch.zeros(2, 9)), torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize(("batch", "channels", "width"), [(1, 96, 4), (3, 5, 2)])
+def test_convolution(batch: int, channels: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = numbers(batch, 1, channels), numbers(channels, 1, width), numbers(batch, channels, width - 1)
+    assert_same(short_convolution, *inputs, calls="convolve", monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(("batch", "key_heads", "heads", "keys", "values"), [(1, 4, 4, 32, 32), (2, 2, 6, 12, 7)])
+def test_delta_rule(
+    batch: int, key_heads: int, heads: int, keys: int, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = (l2_norm(numbers(batch, 1, key_heads, keys, seed=n)) for n in (0, 1))
+    v, state = numbers(batch, 1, heads, values), numbers(batch, heads, keys, values)
+    g, beta = -numbers(batch, 1, heads).exp(), numbers(batch, 1, heads, seed=1).sigmoid()
+    assert_same(gated_delta_step, q, k, v, g, beta, state, calls="delta", monkeypatch=monkeypatch)
+    pad = torch.zeros(batch, 1, heads)
+    assert torch.equal(gated_delta_step(q, k, v, pad, pad, state)[1], state)
+
+
+def test_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
+    angles = numbers(2, 3, 10)
+    assert_same(apply_rotary, numbers(2, 3, 4, 20), angles.cos(), angles.sin(), calls="rotate", monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("kernels", "dilations"), [((3, 3, 3), (2, 2, 2)), ((5, 3), (1, 3)), ((1,), (1,))])
+def test_scorer(
+    kernels: tuple[int, ...], dilations: tuple[int, ...], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    scorer = ConvScorer(3, 40, kernels, dilations, shared=shared).eval().requires_grad_(False)
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    length = scorer.receptive_field
+    valid = torch.arange(length) >= torch.tensor([[0], [length // 3], [length - 1]])
+    exact = ConvScorer(3, 40, kernels, dilations, shared=shared).eval().double().requires_grad_(False)
+    exact.load_state_dict(scorer.state_dict())
+    for rows in (valid, valid[1:2]):
+        assert_same(
+            lambda x, rows=rows: (scorer if x.dtype == torch.float32 else exact)(x, rows),
+            numbers(3, length, 3, 40), calls="score", monkeypatch=monkeypatch,
+        )  # fmt: skip
+        monkeypatch.undo()
+
+
+def test_who_is_served() -> None:
+    x = torch.ones(2, 6)
+    weight = torch.nn.Parameter(torch.ones(6))
+    assert not one_token.serves(x, weight)
+    with torch.no_grad():
+        assert one_token.serves(x, weight)
+    assert one_token.serves(x, None)
+    assert not one_token.serves(x.double())
+    assert not one_token.serves(x.bfloat16())
+    assert not one_token.serves(x.T)
+    assert not one_token.serves(x.to("meta"))
+    assert not one_token.serves(torch.ones(1 << 17))
+    assert rms_norm(x, weight).requires_grad
