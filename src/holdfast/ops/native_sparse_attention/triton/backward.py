@@ -161,9 +161,9 @@ def run_key_gradient(
             *(scale, scale / math.log(2), *shape.numbers, *strides(k), *strides(v), segments.size, shape.rows),
             **shape.constants(tile), **options(tile), LISTED=True,
         )  # fmt: skip
-        sum_kernel[(shape.rows * shape.blocks, -(-shape.block_size // SUM_KEYS))](
+        sum_kernel[(shape.rows * shape.blocks, -(-shape.block_size // SUM_TILE.keys))](
             *(dk_parts, dv_parts, segments.first, dk, dv, shape.keys, shape.kv_heads),
-            **_sum_constants(shape), num_warps=4,
+            **sum_constants(shape), **options(SUM_TILE),
         )  # fmt: skip
     return dk, dv
 
@@ -236,12 +236,12 @@ def key_gradient_kernel(
     store_rows(dv, target, VALUE_DIM, dv_tile, known, VALUE_DIM, BLOCK_VALUE)
 
 
-SUM_KEYS = 16
+SUM_TILE = Tile(16, 16, 4, 1)
 
 
-def _sum_constants(shape: Shape) -> dict[str, int]:
+def sum_constants(shape: Shape) -> dict[str, int]:
     needed = ("BLOCK_SIZE", "DIM", "BLOCK_DIM", "VALUE_DIM", "BLOCK_VALUE", "BLOCK_N")
-    constants = shape.constants(Tile(16, SUM_KEYS, 4, 1))
+    constants = shape.constants(SUM_TILE)
     return {name: constants[name] for name in needed}
 
 

@@ -5,14 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from holdfast.ops.native_sparse_attention.triton.launch import NUMBERS
+from holdfast.ops.native_sparse_attention.triton.launch import NUMBERS, options
 from holdfast.ops.native_sparse_attention.triton.tiles import merged_level
 from holdfast.ops.retained_attention.triton.launch import on_device
-from holdfast.ops.retained_attention.triton.sizes import padded
+from holdfast.ops.retained_attention.triton.sizes import Tile, padded
 from holdfast.ops.retained_attention.triton.tiles import load_rows, store_rows
 
-GATE_ROWS = 16
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+TILE = Tile(16, 16, 4, 1)
 
 
 def run_gated_sum(
@@ -30,15 +29,15 @@ def run_gated_sum(
     size = gates.numel() // 3
     splits = (1, 1, 1) if log_sums is None else tuple(len(log_sum) for log_sum in log_sums)
     with on_device(gates):
-        gated_sum_kernel[(triton.cdiv(size, GATE_ROWS),)](
+        gated_sum_kernel[(triton.cdiv(size, TILE.queries),)](
             *(gates, *branches, *(log_sums or (None,) * 3), out, size, *splits),
-            **constants(value_dim), **OPTIONS, DIVIDED=log_sums is not None,
+            **constants(value_dim), **options(TILE), DIVIDED=log_sums is not None,
         )  # fmt: skip
     return out
 
 
 def constants(value_dim: int) -> dict[str, int]:
-    return {"VALUE_DIM": value_dim, "BLOCK_VALUE": padded(value_dim), "BLOCK_M": GATE_ROWS}
+    return {"VALUE_DIM": value_dim, "BLOCK_VALUE": padded(value_dim), "BLOCK_M": TILE.queries}
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -87,8 +86,8 @@ def run_gated_sum_gradient(grad_out: Tensor, gates: Tensor, branches: tuple[Tens
     gradients = tuple(torch.empty_like(x) for x in (gates, *branches))
     size = gates.numel() // 3
     with on_device(gates):
-        gated_sum_gradient_kernel[(triton.cdiv(size, GATE_ROWS),)](
-            *(grad_out, gates, *branches, *gradients, size), **constants(branches[0].shape[-1]), **OPTIONS
+        gated_sum_gradient_kernel[(triton.cdiv(size, TILE.queries),)](
+            *(grad_out, gates, *branches, *gradients, size), **constants(branches[0].shape[-1]), **options(TILE)
         )
     return gradients
 

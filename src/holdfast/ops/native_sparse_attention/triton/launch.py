@@ -10,7 +10,19 @@ from torch import Tensor
 from holdfast.ops.retained_attention.triton.sizes import Tile, padded
 
 NUMBERS = (
-    *("queries", "keys", "kv_heads", "size", "each", "listed", "window", "splits", "segment_size", "rows"),
+    *(
+        "queries",
+        "keys",
+        "kv_heads",
+        "size",
+        "each",
+        "listed",
+        "window",
+        "splits",
+        "segment_size",
+        "rows",
+    ),
+    *("compressed_splits", "sliding_splits"),
     *("k_stride_b", "k_stride_t", "k_stride_h", "v_stride_b", "v_stride_t", "v_stride_h"),
 )
 """Arguments whose values do not change the code, so that a new length compiles nothing."""

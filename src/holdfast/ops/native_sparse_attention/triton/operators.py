@@ -128,8 +128,7 @@ def selected_attention_backward(
     shape, sizes = Shape.of(q, v, k.shape[1], block_size, blocks.shape[3], lengths), _sizes(q, v)
     dq, inner = run_query_gradient(grad_out, q, k, v, blocks, lengths, out, log_sum, shape, scale, sizes.listed)
     segments = find_segments(blocks, shape)
-    tile = sizes.means.of_keys
-    dk, dv = run_key_gradient(grad_out, q, k, v, lengths, log_sum, inner, segments, shape, scale, tile)
+    dk, dv = run_key_gradient(grad_out, q, k, v, lengths, log_sum, inner, segments, shape, scale, sizes.of_keys)
     return dq, dk, dv
 
 

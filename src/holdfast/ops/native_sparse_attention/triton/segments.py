@@ -7,6 +7,9 @@ from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.triton.launch import Shape
 
+# Users of a segment, at least: fewer are not worth a program.
+SHORTEST = 128
+
 
 class Segments(NamedTuple):
     """A block's users are `order[starts[b] : starts[b + 1]] // n`; b numbers the blocks of all rows."""
@@ -32,7 +35,7 @@ def find_segments(blocks: Tensor, shape: Shape) -> Segments:
     number, order = number.sort(stable=True)
     starts = torch.searchsorted(number, torch.arange(count + 1, device=device, dtype=torch.int32))
     # As many users as choose a block on average, so that there are not many more segments than blocks.
-    size = max(shape.block_size * shape.num_blocks, 128)
+    size = max(shape.block_size * shape.num_blocks, SHORTEST)
     first = torch.zeros(count + 1, dtype=torch.int64, device=device)
     first[1:] = ((starts.diff() + (size - 1)) // size).cumsum(0)
     most = order.numel() // size + count

@@ -1,5 +1,6 @@
 """What the kernels take, and how large their tiles are. Nothing here imports Triton."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ class Sizes(NamedTuple):
     """The tiles for one head size, dtype and device."""
 
     means: Tiles
-    """For means, and for the gradients of keys: walks as regular as those of `retained_attention`."""
+    """For means: walks as regular as those of `retained_attention`."""
+    of_keys: Tile
+    """For the gradients of the keys of a block, over its users."""
     listed: Tile
     """For the keys of one query: its heads (at most so many) and its keys; also for means, where queries are few."""
     choice: Tile
@@ -29,11 +32,11 @@ class Sizes(NamedTuple):
 # By bytes of the dtype and by padded head size.
 _LISTED = {
     2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
-    4: {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    4: {64: Tile(32, 32, 4, 2), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 _CHOICE = {
     2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
-    4: {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    4: {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 
 
@@ -45,5 +48,8 @@ def sizes_for(kind: str, dtype: torch.dtype, dim: int) -> Sizes:
         for table in (_LISTED, _CHOICE)
     )
     if kind == "small":
-        listed, choice = (Tile(tile.queries, tile.keys, tile.num_warps, 1) for tile in (listed, choice))
-    return Sizes(found, listed, choice)
+        listed, choice = (replace(tile, num_stages=1) for tile in (listed, choice))
+    of_keys = found.of_keys
+    if kind == "medium" and dtype.itemsize == 2 and dim <= 64:
+        of_keys = replace(of_keys, num_warps=8)  # the list of users takes registers too
+    return Sizes(found, of_keys, listed, choice)
