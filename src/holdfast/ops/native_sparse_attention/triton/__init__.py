@@ -56,7 +56,7 @@ def native_sparse_attention_triton(
     keys = k.shape[1]
     if 0 in q.shape[:3]:
         # Nothing to launch, but still a function of the inputs.
-        out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * sum(x.sum() for x in (q, k, v, gates)).to(q.dtype)
+        out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum() + gates.sum().to(q.dtype))
         return out, torch.full((*q.shape[:2], k.shape[2], num_blocks), -1, dtype=torch.int64, device=q.device)
     complete = keys // block_size
     if compressed is None:

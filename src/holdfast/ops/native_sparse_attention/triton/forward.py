@@ -1,7 +1,7 @@
 """The forward kernels: attention over means or chosen blocks, and the choice of the blocks."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,7 +24,8 @@ from holdfast.ops.retained_attention.triton.sizes import Tile, padded
 from holdfast.ops.retained_attention.triton.tiles import attend, dot, load_rows, store_rows
 
 
-class Splits(NamedTuple):
+@dataclass(frozen=True)
+class Splits:
     """How the places of a query are divided among programs, `each` a whole number of tiles."""
 
     each: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def _attention_kernels(kind: str, targets: tuple[str, ...], dtype: torch.dtype, 
     shape, sizes = _shape(dim), sizes_for(kind, dtype, dim)
     single = shape.single(sizes.listed)
 
-    def shipped(name: str, kernel: Any, tile: Tile, types: Mapping[str, str], **constants: Any) -> ShippedKernel:
+    def shipped(name: str, kernel: Any, tile: Tile, types: dict[str, str], **constants: Any) -> ShippedKernel:
         fixed = shape.constants(tile, single=constants.get("LISTED", False)) | constants
         absent = {"blocks": None} if constants.get("LISTED") is False else {}
         if kernel is backward.key_gradient_kernel and not constants["LISTED"]:
@@ -86,8 +86,8 @@ def _shipped(
     kernel: Any,
     tile: Tile,
     dtype: str,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
+    types: dict[str, str],
+    constants: dict[str, Any],
     targets: tuple[str, ...] | None = None,
 ) -> ShippedKernel:
     """Pointers are to `dtype` unless `types` or their names say otherwise."""
