@@ -60,16 +60,7 @@ SIZES: dict[SizeName, Size] = {
     "tiny": Size(
         2, 64, 256, heads=4, kv_heads=2, linear_heads=2, linear_dim=32, window=32, budget=16, sparse=_TINY_SPARSE
     ),
-    "43m": Size(
-        12,
-        512,
-        4096,
-        heads=8,
-        kv_heads=8,
-        linear_heads=4,
-        linear_dim=128,
-        sparse=_SPARSE | {"num_heads": 16, "num_kv_heads": 1},
-    ),
+    "43m": Size(12, 512, 4096, heads=8, kv_heads=8, linear_heads=4, linear_dim=128, sparse=_NARROW_SPARSE),
     "0.4b": Size(24, 1024, 32000, heads=16, kv_heads=16, linear_heads=8, linear_dim=128),
     "1.4b": Size(24, 2048, 32000, heads=32, kv_heads=8, linear_heads=8, linear_dim=256, tied=False),
 }

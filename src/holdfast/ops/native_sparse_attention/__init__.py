@@ -65,20 +65,17 @@ def native_sparse_attention(
         compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
         backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
-            where Triton is installed and has kernels for these dtypes and sizes (bfloat16, float16, float32; D ≤ 256;
-            n ≤ 128), else blocked.
+            where it is installed and has kernels (16 or 32 bits; D ≤ 256; n ≤ 128), else blocked.
 
     Returns:
         The output [B, Tq, H, Dv] in the dtype of q, and the selected blocks, int64 [B, Tq, Hkv, n]: their numbers in
-        the sequence in rising order, then −1 where fewer exist. All arithmetic is in fp32, or in fp64 for fp64; under
-        autocast too; "triton" multiplies in the dtype of q and sums in fp32. Gradients reach q, k, v, the gates and
-        `compressed`; none passes through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time and
-        O(Tk + Tq·n) memory for both passes. Gradients of "triton" are deterministic, and but for `cu_seqlens` it never
-        waits for the device.
+        the sequence in rising order, then −1 where fewer exist. Sums are in fp32, or in fp64 for fp64, under autocast
+        too; so are the products, but "triton" rounds means and weights to the dtype of q. Gradients reach q, k, v, the
+        gates and `compressed`; none passes through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time
+        and O(Tk + Tq·n) memory for both passes. "triton" is deterministic and never waits but to read `cu_seqlens`.
 
     Raises:
-        TypeError: a dtype does not fit.
-        ValueError: a shape, device, number or backend does not fit.
+        TypeError, ValueError: a dtype, shape, device, number or backend does not fit.
         ImportError: backend "triton" without Triton.
     """
     _check_rows(q, k, v, gates)

@@ -70,12 +70,8 @@ def query_gradient_kernel(
     LISTED: tl.constexpr,
 ):  # fmt: skip
     """Tensors as in `run_query_gradient`."""
-    STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    row, chunk, position = query_tile(queries, CHUNKS, STEP)
-    before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
-    number = position + tl.arange(0, BLOCK_M) // GROUP_BLOCK
-    index, real = head_rows(
-        users_of(row, number, queries, kv_heads), number < queries, chunk, GROUPS, GROUP_BLOCK, BLOCK_M
+    row, position, last, i, _, index, real = query_tile(
+        lengths, queries, keys, kv_heads, GROUPS, GROUP_BLOCK, CHUNKS, BLOCK_M, HAS_LENGTHS
     )
     q_tile = load_rows(q, index, DIM, real, DIM, BLOCK_DIM)
     grad_tile = load_rows(grad_out, index, VALUE_DIM, real, VALUE_DIM, BLOCK_VALUE)
@@ -88,7 +84,6 @@ def query_gradient_kernel(
     if LISTED:
         blocks += users_of(row, position, queries, kv_heads) * NUM_BLOCKS
 
-    last = before + tl.minimum(position + STEP, queries) - 1
     total = places_until(last, NUM_BLOCKS, BLOCK_SIZE, LISTED)
     sums = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     for start in range(0, total, BLOCK_N):
@@ -96,7 +91,7 @@ def query_gradient_kernel(
         known = place < total
         j, seen_from = keys_at(place, known, blocks, BLOCK_SIZE, LISTED)
         known &= seen_from <= last
-        seen = known[None, :] & (seen_from[None, :] <= (before + number)[:, None])
+        seen = known[None, :] & (seen_from[None, :] <= i[:, None])
         k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM).to(q_tile.dtype)
         v_tile = load_rows(v, j, v_stride_t * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE).to(q_tile.dtype)
         sums = add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, "ieee")
@@ -180,34 +175,18 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Parts of dk and dv: [segments, S, D] if LISTED, of the users in one segment; else [splits, B, M, Hkv, D]."""
     STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    n = tl.arange(0, BLOCK_N)
     if LISTED:
-        segment = tl.program_id(0)
-        blocks = tl.cdiv(keys, BLOCK_SIZE)
-        number_of_block = tl.load(owner + segment)
-        if number_of_block >= rows * blocks:
+        if tl.load(owner + tl.program_id(0)) >= rows * tl.cdiv(keys, BLOCK_SIZE):
             return  # there are fewer segments than could be
-        row, offset = number_of_block // blocks, tl.program_id(1) * BLOCK_N + n
-        j = number_of_block % blocks * BLOCK_SIZE + offset
-        known, seen_from = (offset < BLOCK_SIZE) & (j < keys), j
-        part = segment - tl.load(first + number_of_block)
-        begin = tl.load(starts + number_of_block) + part.to(tl.int64) * segment_size
-        end = tl.minimum(begin + segment_size, tl.load(starts + number_of_block + 1))
-        step = STEP
-        target = segment.to(tl.int64) * BLOCK_SIZE + offset
+        row, j, target, begin, end = _segment(starts, first, owner, keys, segment_size, BLOCK_SIZE, BLOCK_N)
+        known, seen_from, step = target < (tl.program_id(0).to(tl.int64) + 1) * BLOCK_SIZE, j, STEP
+        known &= j < keys
     else:
-        complete = keys // BLOCK_SIZE
-        tiles = tl.cdiv(complete, BLOCK_N)
-        row = tl.program_id(0) // tiles
-        j = tl.program_id(0) % tiles * BLOCK_N + n
-        known, seen_from = j < complete, (j + 1) * BLOCK_SIZE - 1
-        step = STEP * tl.num_programs(1)
+        row, j, target = _means(keys, kv_heads, BLOCK_SIZE, BLOCK_N)
+        known, seen_from, step = j < keys // BLOCK_SIZE, (j + 1) * BLOCK_SIZE - 1, STEP * tl.num_programs(1)
     before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
     if not LISTED:
-        begin = tl.maximum(tl.min(seen_from, axis=0) - before, 0) + tl.program_id(1) * STEP
-        end = queries
-        batch = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles // kv_heads) + row // kv_heads
-        target = (batch * complete + j) * kv_heads + row % kv_heads
+        begin, end = tl.maximum(tl.min(seen_from, axis=0) - before, 0) + tl.program_id(1) * STEP, queries
     k = first_key(k, row, kv_heads, k_stride_b, k_stride_h, DIM)
     v = first_key(v, row, kv_heads, v_stride_b, v_stride_h, VALUE_DIM)
     k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM)
@@ -234,6 +213,28 @@ def key_gradient_kernel(
             )
     store_rows(dk, target, DIM, dk_tile * scale, known, DIM, BLOCK_DIM)
     store_rows(dv, target, VALUE_DIM, dv_tile, known, VALUE_DIM, BLOCK_VALUE)
+
+
+@triton.jit
+def _segment(starts, first, owner, keys, segment_size, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row, the keys and their places among the parts, and the users of this program's segment."""
+    segment, blocks = tl.program_id(0), tl.cdiv(keys, BLOCK_SIZE)
+    block = tl.load(owner + segment)  # of all rows
+    offset = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.load(starts + block) + (segment - tl.load(first + block)) * segment_size
+    end = tl.minimum(begin + segment_size, tl.load(starts + block + 1))
+    return block // blocks, block % blocks * BLOCK_SIZE + offset, segment.to(tl.int64) * BLOCK_SIZE + offset, begin, end
+
+
+@triton.jit
+def _means(keys, kv_heads, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row, the means and their places among the parts of this program."""
+    complete = keys // BLOCK_SIZE
+    tiles = tl.cdiv(complete, BLOCK_N)
+    row = tl.program_id(0) // tiles
+    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles // kv_heads) + row // kv_heads
+    return row, j, (batch * complete + j) * kv_heads + row % kv_heads
 
 
 SUM_TILE = Tile(16, 16, 4, 1)

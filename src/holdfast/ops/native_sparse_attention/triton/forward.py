@@ -12,7 +12,6 @@ from holdfast.ops.native_sparse_attention.triton.launch import NUMBERS, Shape, o
 from holdfast.ops.native_sparse_attention.triton.tiles import (
     first_key,
     head_rows,
-    index_before,
     keys_at,
     merged_level,
     places_until,
@@ -85,12 +84,8 @@ def attend_kernel(
     LISTED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Tensors as in `run_attend`; LISTED: the program has one query, whose blocks are given; size = B·Tq·H."""
-    STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    row, chunk, position = query_tile(queries, CHUNKS, STEP)
-    before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
-    number = position + tl.arange(0, BLOCK_M) // GROUP_BLOCK
-    index, real = head_rows(
-        users_of(row, number, queries, kv_heads), number < queries, chunk, GROUPS, GROUP_BLOCK, BLOCK_M
+    row, position, last, i, _, index, real = query_tile(
+        lengths, queries, keys, kv_heads, GROUPS, GROUP_BLOCK, CHUNKS, BLOCK_M, HAS_LENGTHS
     )
     q_tile = load_rows(q, index, DIM, real, DIM, BLOCK_DIM)
     k = first_key(k, row, kv_heads, k_stride_b, k_stride_h, DIM)
@@ -99,7 +94,6 @@ def attend_kernel(
         blocks += users_of(row, position, queries, kv_heads) * NUM_BLOCKS
 
     split = tl.program_id(1)
-    last = before + tl.minimum(position + STEP, queries) - 1
     begin, total = split * each, places_until(last, NUM_BLOCKS, BLOCK_SIZE, LISTED)
     in_blocks = total
     if HAS_WINDOW:
@@ -118,7 +112,7 @@ def attend_kernel(
             j = tl.where(recent, last + 1 - total + place, j)
             seen_from = j
         known &= seen_from <= last
-        seen = known[None, :] & (seen_from[None, :] <= (before + number)[:, None])
+        seen = known[None, :] & (seen_from[None, :] <= i[:, None])
         k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM).to(q_tile.dtype)
         v_tile = load_rows(v, j, v_stride_t * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE).to(q_tile.dtype)
         highest, sum_of_weights, sums = attend(
@@ -172,23 +166,19 @@ def choose_kernel(
 ):  # fmt: skip
     """Tensors as in `run_choose`. Holds the best blocks so far while it computes the importance of all."""
     STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    row, _, position = query_tile(queries, 1, STEP)
-    before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
-    number = position + tl.arange(0, BLOCK_M) // GROUP_BLOCK
-    user = users_of(row, number, queries, kv_heads)
+    row, position, last, i, user, index, real = query_tile(
+        lengths, queries, keys, kv_heads, GROUPS, GROUP_BLOCK, 1, BLOCK_M, HAS_LENGTHS
+    )
     k = first_key(k, row, kv_heads, k_stride_b, k_stride_h, DIM)
-    index, real = head_rows(user, number < queries, 0, GROUPS, GROUP_BLOCK, BLOCK_M)
     q_tile = load_rows(q, index, DIM, real, DIM, BLOCK_DIM)
     level = merged_level(log_sums, index, real, size, splits)
-
     query = position + tl.arange(0, STEP)
-    i = before + query
+    index_of_query = last - tl.minimum(position + STEP, queries) + 1 + query
     slot = tl.arange(0, CHOICE_BLOCK)
     # What is vacant counts as less than nothing; the padding is never the least.
     vacant = tl.where(slot < NUM_BLOCKS, -1.0, float("inf"))
     best = tl.zeros([STEP, CHOICE_BLOCK], tl.float32) + vacant[None, :]
     chosen = tl.full([STEP, CHOICE_BLOCK], _NOWHERE, tl.int32)
-    last = before + tl.minimum(position + STEP, queries) - 1
     for start in range(0, tl.cdiv(tl.maximum(last + 1, 0), BLOCK_SIZE), BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
         seen_from = (m + 1) * BLOCK_SIZE - 1
@@ -196,13 +186,13 @@ def choose_kernel(
         importance = tl.zeros([STEP, BLOCK_N], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             if CHUNKS > 1:
-                index, real = head_rows(user, number < queries, chunk, GROUPS, GROUP_BLOCK, BLOCK_M)
+                index, real = head_rows(user, i <= last, chunk, GROUPS, GROUP_BLOCK, BLOCK_M)
                 q_tile = load_rows(q, index, DIM, real, DIM, BLOCK_DIM)
                 level = merged_level(log_sums, index, real, size, splits)
             weights = tl.exp2(dot(q_tile, tl.trans(k_tile), None, "ieee") * scale - level[:, None])
-            weights = tl.where(seen_from[None, :] <= (before + number)[:, None], weights, 0.0)
+            weights = tl.where(seen_from[None, :] <= i[:, None], weights, 0.0)
             importance += tl.sum(tl.reshape(weights, [STEP, GROUP_BLOCK, BLOCK_N]), axis=1)
-        best, chosen = _keep_best(best, chosen, _ranked(importance, m, i, BLOCK_SIZE), m, slot)
+        best, chosen = _keep_best(best, chosen, _ranked(importance, m, index_of_query, BLOCK_SIZE), m, slot)
 
     chosen = tl.sort(chosen, 1)
     target = blocks + users_of(row, query, queries, kv_heads)[:, None] * NUM_BLOCKS + slot[None, :]

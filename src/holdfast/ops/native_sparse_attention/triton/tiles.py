@@ -13,15 +13,6 @@ import triton.language as tl
 
 
 @triton.jit
-def query_tile(queries, CHUNKS: tl.constexpr, STEP: tl.constexpr):
-    """Row, chunk of heads and number of the first query of this program."""
-    tiles = tl.cdiv(queries, STEP)
-    rest = tl.program_id(0) // tiles
-    # The last tiles see the most blocks, so they go first.
-    return rest // CHUNKS, rest % CHUNKS, (tiles - 1 - tl.program_id(0) % tiles) * STEP
-
-
-@triton.jit
 def index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS: tl.constexpr):
     """What to add to the number of a query for its index; negative where a row is shorter than its queries."""
     end = tl.load(lengths + row // kv_heads).to(tl.int32) if HAS_LENGTHS else keys
@@ -39,6 +30,29 @@ def head_rows(user, known, chunk, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexp
     """Index in [B·Tq·H] of each row of a tile, whose users are `user`, and whether it exists."""
     group = chunk * GROUP_BLOCK + tl.arange(0, BLOCK_M) % GROUP_BLOCK
     return user * GROUPS + group, known & (group < GROUPS)
+
+
+@triton.jit
+def query_tile(
+    lengths, queries, keys, kv_heads,
+    GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """The row of this program, the number of its first query and the index of its last; then, of each row of the tile,
+    the index of its query, its user, its index in [B·Tq·H], and whether it exists.
+    """
+    STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
+    tiles = tl.cdiv(queries, STEP)
+    rest = tl.program_id(0) // tiles
+    row = rest // CHUNKS
+    # The last tiles see the most blocks, so they go first.
+    position = (tiles - 1 - tl.program_id(0) % tiles) * STEP
+    before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
+    number = position + tl.arange(0, BLOCK_M) // GROUP_BLOCK
+    user = users_of(row, number, queries, kv_heads)
+    index, real = head_rows(user, number < queries, rest % CHUNKS, GROUPS, GROUP_BLOCK, BLOCK_M)
+    last = before + tl.minimum(position + STEP, queries) - 1
+    return row, position, last, before + number, user, index, real
 
 
 @triton.jit
