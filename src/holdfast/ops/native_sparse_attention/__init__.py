@@ -55,8 +55,7 @@ def native_sparse_attention(
 
     Args:
         q: [B, Tq, H, D], floating.
-        k: [B, Tk, Hkv, D], Tk ≥ Tq, H = G·Hkv; dtype and device of q.
-        v: [B, Tk, Hkv, Dv]; dtype and device of q. Unseen keys and values must be finite.
+        k, v: [B, Tk, Hkv, D] and [B, Tk, Hkv, Dv], Tk ≥ Tq, H = G·Hkv; dtype and device of q; finite, if unseen too.
         gates: [B, Tq, H, 3], the weights of the compressed, the selected and the sliding branch; floating.
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
         lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
