@@ -63,15 +63,17 @@ def check_schema(data: dict[str, Any], benchmark: str) -> None:
 def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run_bench("ops", tmp_path)
     kinds = [case["kind"] for case in data["cases"]]
-    assert kinds == ["attention"] * 4 + ["eviction"] + ["gated delta rule"] * 2
+    assert kinds == ["attention"] * 4 + ["native sparse attention"] * 4 + ["eviction"] + ["gated delta rule"] * 2
     names = [[result["name"] for result in case["results"]] for case in data["cases"]]
     assert names[0] == ["holdfast, budget", "holdfast, uncapped", "SDPA, causal"]
+    assert names[4] == ["holdfast, sparse", "SDPA, causal"]
     assert names[-1] == ["holdfast", "transformers"]
     forward, both = (case["results"][2] for case in data["cases"][:2])
     assert forward["flops"] == 4 * 16 * 2 * 128 * 129 / 2
     assert both["flops"] == 3.5 * forward["flops"]
     shown = capsys.readouterr().out
     assert "÷ holdfast, budget" in shown
+    assert "÷ holdfast, sparse" in shown
     assert "matmul" in shown
 
 
@@ -129,6 +131,7 @@ def test_plots_come_from_the_files_alone(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["ops", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["ops", "--heads", "6", "--kv-heads", "4"], "heads (6) must be a multiple of kv_heads (4)"),
+        (["ops", "--group-size", "3"], "heads (8) must be a multiple of group_size (3)"),
         (["ops", "--only", "delta", "--plot", "x.png"], "--plot draws attention"),
         (["decode", "--mixers", "absent"], "no mixer is named absent; there are gated_deltanet"),
         (["train", "--mixers", *["gated_deltanet"] * 5], "mixers has 5 entries, which do not divide 12 layers"),

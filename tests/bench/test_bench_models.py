@@ -41,10 +41,11 @@ def test_peers_can_be_left_out_and_a_model_of_one_kind_of_layer_has_no_olmo_hybr
     assert {model.model.dtype for model in pure} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("0.4b", "gdn-lte-0.4b"), ("1.4b", "gdn-lte-1.4b")])
-def test_the_published_sizes_are_those_of_the_recipes(name: SizeName, recipe: str) -> None:
-    mixers = ("gated_deltanet", "learned_eviction")
-    ours, published = hybrid_config(SIZES[name], mixers), load_recipe(recipe).build_config()
+@pytest.mark.parametrize("name", ["0.4b", "1.4b"])
+@pytest.mark.parametrize(("recipe", "mixer"), [("gdn-lte", "learned_eviction"), ("gdn-nsa", "native_sparse_attention")])
+def test_the_published_sizes_are_those_of_the_recipes(name: SizeName, recipe: str, mixer: str) -> None:
+    published = load_recipe(f"{recipe}-{name}").build_config()
+    ours = hybrid_config(SIZES[name], ("gated_deltanet", mixer))
     for field in (
         "vocab_size",
         "hidden_size",

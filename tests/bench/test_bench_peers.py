@@ -7,7 +7,9 @@ import torch
 
 from holdfast.bench import peers
 from holdfast.bench.ops import BUDGET, CAUSAL, UNCAPPED, AttentionSize, attention_work, random_inputs, visible_until
+from holdfast.bench.sparse import SPARSE, SparseSize, pairs_read, sparse_work
 from holdfast.ops.gated_delta_rule import gated_delta_rule
+from holdfast.ops.native_sparse_attention import native_sparse_attention
 from holdfast.ops.norms import l2_norm
 from holdfast.ops.retained_attention import FOREVER, retained_attention
 
@@ -83,3 +85,35 @@ def test_the_work_gives_outputs_and_gradients(name: str) -> None:
     torch.testing.assert_close(by_time(attention_work(name, inputs, backward=False)()), out, atol=1e-5, rtol=1e-4)
     for found, expected in zip(attention_work(name, inputs, backward=True)(), gradients, strict=True):
         torch.testing.assert_close(by_time(found), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_of_sparse_attention_are_those_that_its_blocks_say() -> None:
+    size = SparseSize(
+        batch=2, tokens=45, heads=4, kv_heads=2, head_dim=8, block_size=6, num_blocks=4, window=7, device="cpu",
+        dtype=torch.float64, seed=1,
+    )  # fmt: skip
+    q, k, v, _, gates = size.inputs()
+    _, blocks = native_sparse_attention(q, k, v, gates, block_size=6, num_blocks=4, window=7)
+    query, key = torch.arange(45)[:, None], torch.arange(45)
+    chosen = (blocks[..., None] == key // 6).any(-2) & (key <= query)[None, :, None]  # [B, T, Hkv, T]
+    means = ((torch.arange(7) + 1) * 6 - 1 <= query).sum()
+    recent = ((key <= query) & (key > query - 7)).sum()
+    assert pairs_read(SPARSE, size) == 2 * chosen.sum() + 8 * (means + recent)
+    assert pairs_read(CAUSAL, size) == 8 * 45 * 46 // 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_work_of_sparse_attention(backward: bool) -> None:
+    size = SparseSize(
+        batch=1, tokens=20, heads=4, kv_heads=2, head_dim=8, block_size=5, num_blocks=4, window=20, device="cpu",
+        dtype=torch.float32, seed=1,
+    )  # fmt: skip
+    q, k, v, grad, _ = size.inputs()
+    full = sparse_work(CAUSAL, size, backward)()
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    if backward:
+        assert [tuple(x.transpose(1, 2).shape) for x in full] == shapes
+        assert [tuple(x.shape) for x in sparse_work(SPARSE, size, backward)()] == [*shapes, (1, 20, 4, 3)]
+    else:
+        torch.testing.assert_close(full.transpose(1, 2), retained_attention(q, k, v, None, None))
+        assert sparse_work(SPARSE, size, backward)().shape == grad.shape

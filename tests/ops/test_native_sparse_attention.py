@@ -5,7 +5,6 @@ alone, and those of lower precision are compared where all blocks are read, or w
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
+from native_sparse_inputs import assert_like_reference, outputs_and_gradients, tensors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +20,7 @@ from holdfast.ops.native_sparse_attention import BACKENDS, blocked, compressed, 
 from holdfast.ops.retained_attention import retained_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
+FAST_BACKENDS = [name for name in BACKENDS if name not in ("reference", "triton")]
 WAYS = ["gathered", "masked", "by block"]
 
 
@@ -36,51 +36,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(selected, "_VISIT", 1 << 40 if request.param == "masked" else -(1 << 40))
     monkeypatch.setattr(tiles, "_CPU_SCORES", 600)
     return str(request.param)
-
-
-def tensors(
-    keys: int,
-    queries: int | None = None,
-    *,
-    batch: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    dim: int = 8,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leaves q, k, v and gates."""
-    generator = torch.Generator().manual_seed(seed)
-    queries = keys if queries is None else queries
-    shapes = ((queries, heads, dim), (keys, kv_heads, dim), (keys, kv_heads, value_dim or dim), (queries, heads, 3))
-    q, k, v, g = (torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g.detach().sigmoid().requires_grad_()
-
-
-def outputs_and_gradients(
-    function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, seed: int = 99
-) -> tuple[list[Tensor], Tensor]:
-    """Output and gradients, and the chosen blocks."""
-    out, blocks = function(*inputs)
-    generator = torch.Generator().manual_seed(seed)
-    gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, inputs, gradient)], blocks
-
-
-def assert_like_reference(inputs: tuple[Tensor, ...], backend: str, **arguments: Any) -> None:
-    """Output and all gradients within rounding of the reference in float64, and the same blocks."""
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    attend = functools.partial(native_sparse_attention, **arguments)
-    expected, chosen = outputs_and_gradients(functools.partial(attend, backend="reference"), *exact)
-    actual, blocks = outputs_and_gradients(functools.partial(attend, backend=backend), *inputs)
-    assert blocks.dtype == torch.int64
-    assert torch.equal(blocks, chosen)
-    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[inputs[0].dtype]
-    for name, ours, theirs in zip(("out", "dq", "dk", "dv", "dgates"), actual, expected, strict=True):
-        assert ours.dtype == inputs[0].dtype
-        error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1.0)
-        assert error < limit, f"{name} is off by {error:.2e}"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +105,7 @@ def one_query(i: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, sizes: tup
     return gates[0] * (weights @ means_v) + gates[1] * selected + gates[2] * sliding
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["reference", *FAST_BACKENDS])
 def test_the_definition_query_by_query(name: str) -> None:
     q, k, v, gates = (tensor.detach() for tensor in tensors(45, batch=1, heads=1, kv_heads=1))
     out, _ = native_sparse_attention(q, k, v, gates, block_size=4, num_blocks=5, window=6, backend=name)
@@ -159,7 +114,7 @@ def test_the_definition_query_by_query(name: str) -> None:
         torch.testing.assert_close(out[0, i, 0], expected)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["reference", *FAST_BACKENDS])
 def test_what_is_chosen(name: str) -> None:
     """Block 0, the own and the previous block always; then what all heads of a group together look at most."""
     q, k, v, gates = (tensor.detach().clone() for tensor in tensors(64, heads=2, kv_heads=1))

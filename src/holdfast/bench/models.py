@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ BEGINNING = 32
 """Tokens that a peer truly reads before its cache is filled up."""
 
 
+_SPARSE = {"num_heads": 32, "num_kv_heads": 2, "head_dim": 64, "block_size": 64, "num_blocks": 16, "window": 512}
+_NARROW_SPARSE = _SPARSE | {"num_heads": 16, "num_kv_heads": 1}
+_TINY_SPARSE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "block_size": 4, "num_blocks": 3, "window": 16}
+
+
 @dataclass(frozen=True)
 class Size:
     """The numbers that the configurations of all models follow from."""
@@ -47,11 +52,15 @@ class Size:
     window: int = 768
     budget: int = 512
     tied: bool = True
+    sparse: dict[str, int] = field(default_factory=lambda: _SPARSE)
+    """Options of native sparse attention."""
 
 
 SIZES: dict[SizeName, Size] = {
-    "tiny": Size(2, 64, 256, heads=4, kv_heads=2, linear_heads=2, linear_dim=32, window=32, budget=16),
-    "43m": Size(12, 512, 4096, heads=8, kv_heads=8, linear_heads=4, linear_dim=128),
+    "tiny": Size(
+        2, 64, 256, heads=4, kv_heads=2, linear_heads=2, linear_dim=32, window=32, budget=16, sparse=_TINY_SPARSE
+    ),
+    "43m": Size(12, 512, 4096, heads=8, kv_heads=8, linear_heads=4, linear_dim=128, sparse=_NARROW_SPARSE),
     "0.4b": Size(24, 1024, 32000, heads=16, kv_heads=16, linear_heads=8, linear_dim=128),
     "1.4b": Size(24, 2048, 32000, heads=32, kv_heads=8, linear_heads=8, linear_dim=256, tied=False),
 }
@@ -69,6 +78,7 @@ def hybrid_config(size: Size, mixers: Sequence[str]) -> HybridConfig:
         "full_attention": heads,
         "sliding_attention": heads | {"window": size.window + 1},
         "learned_eviction": heads | {"window": size.window, "budget": size.budget, "sinks": 4},
+        "native_sparse_attention": size.sparse,
     }
     return HybridConfig(
         vocab_size=size.vocabulary,

@@ -1,4 +1,4 @@
-"""`holdfast bench ops`: attention with eviction, the eviction itself, and the gated delta rule."""
+"""`holdfast bench ops`: attention with eviction, sparse attention, the eviction itself, and the gated delta rule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from holdfast.bench import peers
 from holdfast.bench.memory import peak_bytes
+from holdfast.bench.peers import CAUSAL
 from holdfast.bench.results import Case, Report, Result
-from holdfast.bench.settings import OpsSettings
+from holdfast.bench.settings import PASSES, WARM_UP_TOKENS, OpsSettings
 from holdfast.bench.setup import Setup
+from holdfast.bench.sparse import sparse_cases
 from holdfast.bench.timing import Variant
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import l2_norm
@@ -23,9 +25,7 @@ from holdfast.ops.retention import streaming_retention
 
 __all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops", "visible_until"]
 
-BUDGET, UNCAPPED, CAUSAL, FLEX = "holdfast, budget", "holdfast, uncapped", "SDPA, causal", "flex attention"
-PASSES = {"forward": False, "forward + backward": True}
-WARM_UP_TOKENS = 64
+BUDGET, UNCAPPED, FLEX = "holdfast, budget", "holdfast, uncapped", "flex attention"
 
 
 def run_ops(settings: OpsSettings) -> Report:
@@ -36,6 +36,9 @@ def run_ops(settings: OpsSettings) -> Report:
     if "attention" in settings.only:
         for tokens in settings.tokens:
             cases += _attention_cases(setup, AttentionSize.of(setup, tokens))
+    if "sparse" in settings.only:
+        for tokens in settings.tokens:
+            cases += sparse_cases(setup, tokens)
     if "retention" in settings.only:
         cases.append(_retention_case(setup))
     if "delta" in settings.only:

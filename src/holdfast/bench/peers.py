@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_attention", "delta_rule_peers", "flex_attention"]
+__all__ = ["CAUSAL", "causal_attention", "delta_rule_peers", "flex_attention"]
 
 DeltaRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+CAUSAL = "SDPA, causal"
+"""How results call `causal_attention`."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ __all__ = [
 RESULTS = Path("benchmarks/results")
 """Where results go whose `--output` is a mere name."""
 
+PASSES = {"forward": False, "forward + backward": True}
+"""What ops are timed of, by name: whether with gradients."""
+WARM_UP_TOKENS = 64
+"""Tokens of the call before memory is measured."""
+
 SizeName = Literal["tiny", "43m", "0.4b", "1.4b"]
 
 
@@ -104,10 +109,15 @@ class BenchSettings:
 class OpsSettings(BenchSettings):
     """Attention, eviction and the gated delta rule alone: time and peak memory, forward and backward."""
 
-    only: tuple[Literal["attention", "retention", "delta"], ...] = ("attention", "retention", "delta")
-    """What to measure."""
+    only: tuple[Literal["attention", "sparse", "retention", "delta"], ...] = (
+        "attention",
+        "sparse",
+        "retention",
+        "delta",
+    )
+    """What to measure; sparse: native sparse attention."""
     tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
-    """Lengths of the sequences that attention reads."""
+    """Lengths of the sequences that attention and sparse attention read."""
     batch_size: int = 1
     heads: int = 8
     kv_heads: int | None = None
@@ -116,6 +126,14 @@ class OpsSettings(BenchSettings):
     window: int = 768
     kept: int = 512
     """Keys kept per head outside the window."""
+    group_size: int = 8
+    """Of sparse attention: query heads per key/value head, also of the full attention beside it (published: 16)."""
+    block_size: int = 64
+    """Of sparse attention: tokens of a block."""
+    num_blocks: int = 16
+    """Of sparse attention: blocks that a query reads in full."""
+    sparse_window: int = 512
+    """Of sparse attention: counts the token itself."""
     retention_tokens: int = 131072
     """Length of the sequence whose scores the eviction reads."""
     delta_shapes: tuple[tuple[int, int, int, int], ...] = ((8, 512, 4, 64), (1, 4096, 4, 64))
@@ -127,15 +145,19 @@ class OpsSettings(BenchSettings):
         super().__post_init__()
         require_at_least(1, tokens=self.tokens, batch_size=self.batch_size, heads=self.heads, kv_heads=self.kv_heads)
         require_at_least(1, head_dim=self.head_dim, window=self.window, kept=self.kept)
-        require_at_least(1, retention_tokens=self.retention_tokens)
+        require_at_least(1, block_size=self.block_size, num_blocks=self.num_blocks, sparse_window=self.sparse_window)
+        require_at_least(1, group_size=self.group_size, retention_tokens=self.retention_tokens)
         for shape in self.delta_shapes:
             require_at_least(1, delta_shapes=shape)
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+        if "sparse" in self.only and self.heads % self.group_size:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of group_size ({self.group_size}).")
 
     def _tiny(self) -> Self:
         return dataclasses.replace(
             self, repeats=2, tokens=(128, 256), heads=2, kv_heads=None, head_dim=16, window=32, kept=16,
+            group_size=2, block_size=8, num_blocks=4, sparse_window=16,
             retention_tokens=1024, delta_shapes=((2, 96, 2, 16),), memory=False,
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.blocked import native_sparse_attention_blocked
 from holdfast.ops.native_sparse_attention.reference import native_sparse_attention_reference
+from holdfast.ops.native_sparse_attention.triton import native_sparse_attention_triton, supports
 from holdfast.ops.precision import without_autocast
 
 __all__ = ["BACKENDS", "native_sparse_attention"]
@@ -20,6 +21,7 @@ Backend = Callable[
 BACKENDS: dict[str, Backend] = {
     "reference": native_sparse_attention_reference,
     "blocked": native_sparse_attention_blocked,
+    "triton": native_sparse_attention_triton,
 }
 
 
@@ -53,8 +55,7 @@ def native_sparse_attention(
 
     Args:
         q: [B, Tq, H, D], floating.
-        k: [B, Tk, Hkv, D], Tk ≥ Tq, H = G·Hkv; dtype and device of q.
-        v: [B, Tk, Hkv, Dv]; dtype and device of q. Unseen keys and values must be finite.
+        k, v: [B, Tk, Hkv, D] and [B, Tk, Hkv, Dv], Tk ≥ Tq, H = G·Hkv; dtype and device of q; finite, if unseen too.
         gates: [B, Tq, H, 3], the weights of the compressed, the selected and the sliding branch; floating.
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
         lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
@@ -62,32 +63,34 @@ def native_sparse_attention(
             neither with `lengths` nor with `compressed`.
         compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
-        backend: "reference" or "blocked"; None takes the fastest.
+        backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
+            where it is installed and has kernels (16 or 32 bits; D ≤ 256; n ≤ 128), else blocked.
 
     Returns:
         The output [B, Tq, H, Dv] in the dtype of q, and the selected blocks, int64 [B, Tq, Hkv, n]: their numbers in
-        the sequence in rising order, then −1 where fewer exist. All arithmetic is in fp32, or in fp64 for fp64; under
-        autocast too. Gradients reach q, k, v, the gates and `compressed`; none passes through the selection.
-        "blocked" takes O(Tq·(Tk/S + n·S + window)) time and O(Tk + Tq·n) memory for both passes.
+        the sequence in rising order, then −1 where fewer exist. Sums are in fp32, or in fp64 for fp64, under autocast
+        too; so are the products, but "triton" rounds means and weights to the dtype of q. Gradients reach q, k, v, the
+        gates and `compressed`; none passes through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time
+        and O(Tk + Tq·n) memory for both passes. "triton" is deterministic and never waits but to read `cu_seqlens`.
 
     Raises:
-        TypeError: a dtype does not fit.
-        ValueError: a shape, device, number or backend does not fit.
+        TypeError, ValueError: a dtype, shape, device, number or backend does not fit.
+        ImportError: backend "triton" without Triton.
     """
     _check_rows(q, k, v, gates)
     _check_blocks(q, k, v, block_size, num_blocks, window, compressed)
     _check_sequences(q, k, lengths, cu_seqlens, compressed)
-    run, scale = _backend(backend), q.shape[-1] ** -0.5 if scale is None else scale
+    run, scale = _backend(backend, q, v, num_blocks), q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
         if cu_seqlens is not None:
             return _packed(run, q, k, v, gates, block_size, num_blocks, window, cu_seqlens, scale)
         return run(q, k, v, gates, block_size, num_blocks, window, lengths, compressed, scale)
 
 
-def _backend(name: str | None) -> Backend:
+def _backend(name: str | None, q: Tensor, v: Tensor, num_blocks: int) -> Backend:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend {name!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
-    return BACKENDS[name or "blocked"]
+    return BACKENDS[name or ("triton" if q.is_cuda and supports(q, v, num_blocks) else "blocked")]
 
 
 # How many sequences there are is known only when it runs.

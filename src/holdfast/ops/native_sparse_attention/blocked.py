@@ -37,12 +37,12 @@ def native_sparse_attention_blocked(
         positions = (positions + (lengths - keys)[:, None]).repeat_interleave(kv_heads, dim=0)
     complete = keys // block_size
     if compressed is None:
-        compressed = _means(k, complete, block_size), _means(v, complete, block_size)
+        compressed = block_means(k, complete, block_size), block_means(v, complete, block_size)
     means_k, means_v = (_key_rows(means[:, :complete]) for means in compressed)
     out_compressed, _, blocks = compressed_attention(rows, means_k, means_v, positions, keys, block_size, num_blocks)
     whole_k, whole_v = (_key_rows(_whole_blocks(x, block_size)) for x in (k, v))
     out_selected, _ = selected_attention(rows, whole_k, whole_v, positions, blocks, block_size)
-    out_sliding = _sliding(q, k, v, window, lengths, scale)
+    out_sliding = sliding_attention(q, k, v, window, lengths, scale, exact)
     gates = gates.to(exact)
     out = gates[..., :1] * _by_query(out_compressed, kv_heads).flatten(2, 3)
     out = out + gates[..., 1:2] * _by_query(out_selected, kv_heads).flatten(2, 3)
@@ -50,7 +50,7 @@ def native_sparse_attention_blocked(
     return out.to(q.dtype), _by_query(blocks, kv_heads)
 
 
-def _means(x: Tensor, complete: int, block_size: int) -> Tensor:
+def block_means(x: Tensor, complete: int, block_size: int) -> Tensor:
     """Means of the complete blocks, [B, M, heads, D] in fp32 or fp64, from [B, Tk, heads, D]."""
     return x[:, : complete * block_size].unflatten(1, (complete, block_size)).mean(2, dtype=compute_dtype(x))
 
@@ -71,9 +71,11 @@ def _by_query(rows: Tensor, kv_heads: int) -> Tensor:
     return rows.unflatten(0, (rows.shape[0] // kv_heads, kv_heads)).transpose(1, 2)
 
 
-def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | None, scale: float) -> Tensor:
-    """Attention over the last `window` keys, [B, Tq, H, Dv] in fp32 or fp64."""
-    exact, needed = compute_dtype(q), min(q.shape[1] + window - 1, k.shape[1])
+def sliding_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Attention over the last `window` keys, [B, Tq, H, Dv], of inputs in `dtype`."""
+    needed = min(q.shape[1] + window - 1, k.shape[1])
     visible_until, end = None, _common_length(k, lengths)
     if end is not None and end >= needed:
         k, v = (x[:, end - needed : end] for x in (k, v))
@@ -83,7 +85,7 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | Non
         visible_until = torch.where(row >= 0, until, -1).unsqueeze(2)
         index = row.clamp(min=0)[:, :, None, None]
         k, v = (x.gather(1, index.expand(-1, -1, *x.shape[2:])) for x in (k, v))
-    q, k, v = (x.to(exact) for x in (q, k, v))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     return retained_attention(q, k, v, visible_until, window - 1, scale=scale)
 
 

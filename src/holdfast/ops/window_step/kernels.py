@@ -305,7 +305,7 @@ def step(
     batch, kv_heads, _, dim = slots.keys.shape
     rows, groups = batch * kv_heads, q.shape[1] // kv_heads
     tile = tile_size(q.dtype, dim, groups)
-    tiles, splits = split(slots.keys.shape[2], tile, rows, programs or _programs_of(q.device))
+    tiles, splits = split(slots.keys.shape[2], tile, rows, programs or programs_of(q.device))
     plan = slots.seen.new_empty(rows, 2)
     parts = q.new_empty(rows, splits, groups, dim, dtype=torch.float32)
     log_sums = q.new_empty(rows, splits, groups, dtype=torch.float32)
@@ -358,7 +358,7 @@ def split(slots: int, tile: int, rows: int, programs: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _programs_of(device: torch.device) -> int:
+def programs_of(device: torch.device) -> int:
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

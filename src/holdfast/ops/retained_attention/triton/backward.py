@@ -18,7 +18,8 @@ from holdfast.ops.retained_attention.triton.sizes import Tiles
 from holdfast.ops.retained_attention.triton.tiles import (
     CLASSES,
     KEY_BLOCK,
-    dot,
+    add_keys,
+    add_queries,
     far_keys,
     far_runs,
     last_query,
@@ -111,7 +112,7 @@ def query_gradient_kernel(
             seen = visible(i, j, known, until, window, HAS_UNTIL)
             k_tile = load_rows(k, j, kv_heads * DIM, known, DIM, BLOCK_DIM)
             v_tile = load_rows(v, j, kv_heads * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE)
-            sums = _add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, PRECISION)
+            sums = add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, PRECISION)
     start, tiles, begin, end = near_tiles(first, last, offsets, starts, keys, window, BLOCK_N, HAS_UNTIL)
     for n in range(0, tiles - (end - begin)):
         j = start + skip(n, begin, end) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,26 +120,13 @@ def query_gradient_kernel(
         seen = visible(i, j, known, until, window, HAS_UNTIL)
         k_tile = load_rows(k, j, kv_heads * DIM, known, DIM, BLOCK_DIM)
         v_tile = load_rows(v, j, kv_heads * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE)
-        sums = _add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, PRECISION)
+        sums = add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, PRECISION)
     for n in range(begin, end):
         j = start + n * BLOCK_N + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, j, kv_heads * DIM, j <= last, DIM, BLOCK_DIM)
         v_tile = load_rows(v, j, kv_heads * VALUE_DIM, j <= last, VALUE_DIM, BLOCK_VALUE)
-        sums = _add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, None, scale_2, False, PRECISION)
+        sums = add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, None, scale_2, False, PRECISION)
     store_rows(dq, index, DIM, sums * scale, real, DIM, BLOCK_DIM)
-
-
-@triton.jit
-def _add_keys(
-    sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Add one tile of keys to the gradient of the queries."""
-    weights = tl.exp2(dot(q_tile, tl.trans(k_tile), None, PRECISION) * scale_2 - level[:, None])
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    grad_weights = dot(grad_tile, tl.trans(v_tile), None, PRECISION)
-    grad_scores = weights * (grad_weights - mean[:, None])
-    return dot(grad_scores.to(k_tile.dtype), k_tile, sums, PRECISION)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -175,7 +163,7 @@ def key_gradient_kernel(
         grad_tile = load_rows(grad_out, index, VALUE_DIM, real, VALUE_DIM, BLOCK_VALUE)
         level = tl.load(log_sum + index, mask=real, other=float("inf"))
         mean = tl.load(inner + index, mask=real, other=0.0)
-        dk_tile, dv_tile = _add_queries(
+        dk_tile, dv_tile = add_queries(
             dk_tile, dv_tile, k_tile, v_tile, q_tile, grad_tile, level, mean, seen, scale_2, True, PRECISION
         )
     for n in range(whole, end):
@@ -185,7 +173,7 @@ def key_gradient_kernel(
         grad_tile = load_rows(grad_out, index, VALUE_DIM, real, VALUE_DIM, BLOCK_VALUE)
         level = tl.load(log_sum + index, mask=real, other=float("inf"))
         mean = tl.load(inner + index, mask=real, other=0.0)
-        dk_tile, dv_tile = _add_queries(
+        dk_tile, dv_tile = add_queries(
             dk_tile, dv_tile, k_tile, v_tile, q_tile, grad_tile, level, mean, None, scale_2, False, PRECISION
         )
 
@@ -197,22 +185,6 @@ def key_gradient_kernel(
         dv_tile += load_rows(dv, j, kv_heads * VALUE_DIM, shared, VALUE_DIM, BLOCK_VALUE).to(tl.float32)
     store_rows(dk, j, kv_heads * DIM, dk_tile, known, DIM, BLOCK_DIM)
     store_rows(dv, j, kv_heads * VALUE_DIM, dv_tile, known, VALUE_DIM, BLOCK_VALUE)
-
-
-@triton.jit
-def _add_queries(
-    dk_tile, dv_tile, k_tile, v_tile, q_tile, grad_tile, level, mean, seen, scale_2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add one tile of queries to the gradients of keys and values. Scores are transposed: [keys, queries]."""
-    weights = tl.exp2(dot(k_tile, tl.trans(q_tile), None, PRECISION) * scale_2 - level[None, :])
-    if MASKED:
-        weights = tl.where(seen, weights, 0.0)
-    dv_tile = dot(weights.to(grad_tile.dtype), grad_tile, dv_tile, PRECISION)
-    grad_weights = dot(v_tile, tl.trans(grad_tile), None, PRECISION)
-    grad_scores = weights * (grad_weights - mean[None, :])
-    dk_tile = dot(grad_scores.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
-    return dk_tile, dv_tile
 
 
 @triton.jit

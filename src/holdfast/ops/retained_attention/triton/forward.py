@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.ops.retained_attention.triton.launch import NUMBERS, Plan, Shape, launch_options, on_device
 from holdfast.ops.retained_attention.triton.sizes import Tile
 from holdfast.ops.retained_attention.triton.tiles import (
-    dot,
+    attend,
     far_keys,
     far_runs,
     load_rows,
@@ -70,7 +70,7 @@ def forward_kernel(
             seen = visible(i, j, known, until, window, HAS_UNTIL)
             k_tile = load_rows(k, j, kv_heads * DIM, known, DIM, BLOCK_DIM)
             v_tile = load_rows(v, j, kv_heads * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE)
-            highest, total, sums = _add(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
+            highest, total, sums = attend(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
     start, tiles, begin, end = near_tiles(first, last, offsets, starts, keys, window, BLOCK_N, HAS_UNTIL)
     for n in range(0, tiles - (end - begin)):
         j = start + skip(n, begin, end) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,29 +78,13 @@ def forward_kernel(
         seen = visible(i, j, known, until, window, HAS_UNTIL)
         k_tile = load_rows(k, j, kv_heads * DIM, known, DIM, BLOCK_DIM)
         v_tile = load_rows(v, j, kv_heads * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE)
-        highest, total, sums = _add(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
+        highest, total, sums = attend(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, True, PRECISION)
     for n in range(begin, end):
         j = start + n * BLOCK_N + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, j, kv_heads * DIM, j <= last, DIM, BLOCK_DIM)
         v_tile = load_rows(v, j, kv_heads * VALUE_DIM, j <= last, VALUE_DIM, BLOCK_VALUE)
-        highest, total, sums = _add(highest, total, sums, q_tile, k_tile, v_tile, None, scale, False, PRECISION)
+        highest, total, sums = attend(highest, total, sums, q_tile, k_tile, v_tile, None, scale, False, PRECISION)
 
     sees = total > 0
     store_rows(out, index, VALUE_DIM, sums / tl.where(sees, total, 1.0)[:, None], real, VALUE_DIM, BLOCK_VALUE)
     tl.store(log_sum + index, tl.where(sees, highest + tl.log2(tl.where(sees, total, 1.0)), float("inf")), mask=real)
-
-
-@triton.jit
-def _add(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the softmax that never holds more than a tile of scores (Milakov & Gimelshein, arXiv 1805.02867)."""
-    scores = dot(q_tile, tl.trans(k_tile), None, PRECISION) * scale
-    if MASKED:
-        scores = tl.where(seen, scores, float("-inf"))
-    risen = tl.maximum(highest, tl.max(scores, axis=1))
-    # A query that has seen nothing yet must not subtract −∞ from −∞.
-    level = tl.where(risen == float("-inf"), 0.0, risen) if MASKED else risen
-    weights = tl.exp2(scores - level[:, None])
-    shrink = tl.exp2(highest - level)
-    total = total * shrink + tl.sum(weights, axis=1)
-    sums = dot(weights.to(v_tile.dtype), v_tile, sums * shrink[:, None], PRECISION)
-    return risen, total, sums

@@ -11,10 +11,10 @@ from holdfast.ops.kernels import ShippedKernel
 from holdfast.ops.retained_attention.triton import backward, forward, plan, sizes
 from holdfast.ops.retained_attention.triton.launch import Shape, precision
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # float16 takes the tiles and the instructions of bfloat16. Exact float32 with larger heads works, but spills.
-_HEADS = {torch.bfloat16: (64, 128, 256), torch.float32: (64, 128)}
-_TARGETS = {"large": ("sm_90", "sm_100"), "medium": ("sm_80",), "small": ("gfx942",)}
+HEADS = {torch.bfloat16: (64, 128, 256), torch.float32: (64, 128)}
+TARGETS = {"large": ("sm_90", "sm_100"), "medium": ("sm_80",), "small": ("gfx942",)}
 # Query heads per key/value head; they share a tile, so that other numbers change no more than indices.
 _GROUPS = 4
 
@@ -24,8 +24,8 @@ _NUMBERS = dict.fromkeys(("queries", "keys", "kv_heads", "window"), "i32")
 
 def shipped_kernels() -> Iterator[ShippedKernel]:
     yield from _plan_kernels()
-    for kind, targets in _TARGETS.items():
-        for dtype, heads in _HEADS.items():
+    for kind, targets in TARGETS.items():
+        for dtype, heads in HEADS.items():
             for dim in heads:
                 yield from _attention_kernels(kind, targets, dtype, dim)
 
@@ -62,11 +62,11 @@ def _attention_kernels(kind: str, targets: tuple[str, ...], dtype: torch.dtype, 
         pointers = dict.fromkeys(("log_sum", "inner"), "*fp32") | _INDICES
         numbers = dict.fromkeys(scalars, "fp32") | _NUMBERS
         signature = {
-            argument: numbers.get(argument) or pointers.get(argument) or f"*{_DTYPES[dtype]}"
+            argument: numbers.get(argument) or pointers.get(argument) or f"*{DTYPES[dtype]}"
             for argument in kernel.arg_names
             if argument not in constexprs
         }
-        label = f"retained_attention/{name}/{_DTYPES[dtype]}/{dim}"
+        label = f"retained_attention/{name}/{DTYPES[dtype]}/{dim}"
         return ShippedKernel(label, kernel, signature, constexprs, tile.num_warps, tile.num_stages, targets)
 
     scalars = ("scale", "scale_2")

@@ -145,3 +145,48 @@ def visible(i, j, known, until, window, HAS_UNTIL: tl.constexpr):
 def skip(n, begin, end):
     """The n-th tile that is not in begin … end − 1."""
     return tl.where(n < begin, n, n + end - begin)
+
+
+@triton.jit
+def attend(highest, total, sums, q_tile, k_tile, v_tile, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the softmax that never holds more than a tile of scores (Milakov & Gimelshein, arXiv 1805.02867)."""
+    scores = dot(q_tile, tl.trans(k_tile), None, PRECISION) * scale
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    risen = tl.maximum(highest, tl.max(scores, axis=1))
+    # A query that has seen nothing yet must not subtract −∞ from −∞.
+    level = tl.where(risen == float("-inf"), 0.0, risen) if MASKED else risen
+    weights = tl.exp2(scores - level[:, None])
+    shrink = tl.exp2(highest - level)
+    total = total * shrink + tl.sum(weights, axis=1)
+    sums = dot(weights.to(v_tile.dtype), v_tile, sums * shrink[:, None], PRECISION)
+    return risen, total, sums
+
+
+@triton.jit
+def add_keys(
+    sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add one tile of keys to the gradient of the queries."""
+    weights = tl.exp2(dot(q_tile, tl.trans(k_tile), None, PRECISION) * scale_2 - level[:, None])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    grad_weights = dot(grad_tile, tl.trans(v_tile), None, PRECISION)
+    grad_scores = weights * (grad_weights - mean[:, None])
+    return dot(grad_scores.to(k_tile.dtype), k_tile, sums, PRECISION)
+
+
+@triton.jit
+def add_queries(
+    dk_tile, dv_tile, k_tile, v_tile, q_tile, grad_tile, level, mean, seen, scale_2,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of queries to the gradients of keys and values. Scores are transposed: [keys, queries]."""
+    weights = tl.exp2(dot(k_tile, tl.trans(q_tile), None, PRECISION) * scale_2 - level[None, :])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    dv_tile = dot(weights.to(grad_tile.dtype), grad_tile, dv_tile, PRECISION)
+    grad_weights = dot(v_tile, tl.trans(grad_tile), None, PRECISION)
+    grad_scores = weights * (grad_weights - mean[None, :])
+    dk_tile = dot(grad_scores.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+    return dk_tile, dv_tile
