@@ -139,6 +139,10 @@ class HybridModel(HybridPreTrainedModel):
         scorers = self.eviction_layers()
         self.has_scorers = bool(scorers)
         if scorers:
+            if scorers[0].options.scorer_sharing == "all":
+                self.router = scorers[0].options.build_scorer()
+                for layer in scorers:
+                    layer.use_scorer(self.router)
             shape = (len(scorers), scorers[0].options.kv_heads)
             self.register_buffer("l1_lambda", torch.zeros(shape))
             self.register_buffer("num_kept", torch.zeros(shape))

@@ -31,11 +31,14 @@ class LearnedEvictionOptions(AttentionOptions):
         window: a query sees this many past keys, and itself.
         budget: pairs kept per KV head outside the window, sinks included.
         sinks: first tokens of a sequence, never dropped.
-        conv_size, conv_dilation: the scorer's convolutions; (1,), (1,) makes it a network without context.
+        conv_size, conv_dilation: the scorer's convolutions. (1, 1, 1), (1, 1, 1) makes it a network without context
+            (an MLP of the same depth), (3, 3, 3), (1, 1, 1) one with R = 7.
+        scorer_causal: the scorer reads no token after a pair, and R − 1 before it, so that nothing is deferred.
         dropout: of the scorer, in training.
         threshold: a pair is worth keeping where σ(logit) is above it. With 0 the store holds the best `budget` pairs,
             whatever their scores; only their order counts.
-        scorer_sharing: "head" (one network per KV head) or "layer" (one for all heads of a layer).
+        scorer_sharing: "head" (one network per KV head), "layer" (one for all heads of a layer) or "all" (one for the
+            whole model).
     """
 
     window: int = 768
@@ -45,7 +48,8 @@ class LearnedEvictionOptions(AttentionOptions):
     conv_dilation: tuple[int, ...] = (2, 2, 2)
     dropout: float = 0.1
     threshold: float = 0.5
-    scorer_sharing: Literal["head", "layer"] = "head"
+    scorer_sharing: Literal["head", "layer", "all"] = "head"
+    scorer_causal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,17 +61,35 @@ class LearnedEvictionOptions(AttentionOptions):
         require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
         require(0 <= self.threshold < 1, f"threshold must lie in [0, 1), got {self.threshold}")
         require(
-            self.scorer_sharing in ("head", "layer"),
-            f"scorer_sharing must be 'head' or 'layer', got {self.scorer_sharing!r}",
+            self.scorer_sharing in ("head", "layer", "all"),
+            f"scorer_sharing must be 'head', 'layer' or 'all', got {self.scorer_sharing!r}",
         )
         require(
-            self.window + 1 >= self.receptive_field // 2,
-            f"window ({self.window}) is shorter than the future that the scorer reads ({self.receptive_field // 2})",
+            self.window + 1 >= self.scorer_reach,
+            f"window ({self.window}) is shorter than the future that the scorer reads ({self.scorer_reach})",
         )
 
     @property
     def receptive_field(self) -> int:
         return receptive_field(self.conv_size, self.conv_dilation)
+
+    @property
+    def scorer_reach(self) -> int:
+        """Tokens after a pair that its score depends on: it is final so many steps later."""
+        return 0 if self.scorer_causal else self.receptive_field // 2
+
+    def build_scorer(self) -> ConvScorer:
+        """A scorer with these settings, for one layer, or with scorer_sharing "all" for the whole model."""
+        return ConvScorer(
+            self.kv_heads,
+            2 * self.dim,
+            self.conv_size,
+            self.conv_dilation,
+            self.dropout,
+            shared=self.scorer_sharing != "head",
+            threshold=self.threshold,
+            causal=self.scorer_causal,
+        )
 
 
 class LearnedEviction(SoftmaxAttention):
@@ -92,23 +114,22 @@ class LearnedEviction(SoftmaxAttention):
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
-        self.router = ConvScorer(
-            options.kv_heads,
-            2 * self.head_dim,
-            options.conv_size,
-            options.conv_dilation,
-            options.dropout,
-            shared=options.scorer_sharing == "layer",
-            threshold=options.threshold,
-        )
+        if options.scorer_sharing != "all":
+            self.router = options.build_scorer()
+
+    def use_scorer(self, scorer: ConvScorer) -> None:
+        """Score with a network that belongs to the whole model (scorer_sharing "all"), not to this layer."""
+        object.__setattr__(self, "router", scorer)  # not a submodule: its weights are the model's, and saved there
 
     @classmethod
     def make_state(cls, options: LearnedEvictionOptions) -> WindowState:
-        return WindowState(options.kv_heads, options.dim, options.window, options.budget, options.receptive_field)
+        scorer = (options.receptive_field, options.scorer_reach)
+        return WindowState(options.kv_heads, options.dim, options.window, options.budget, *scorer)
 
     def flops_per_token(self, context: int) -> int:
         options = self.options
-        return self._attention_flops(min(context, options.window + 1 + options.budget))
+        pairs = min(context, options.window + 1 + options.budget)
+        return self._attention_flops(pairs) + self.scorer_flops_per_token
 
     @property
     def scorer_flops_per_token(self) -> int:
@@ -173,22 +194,22 @@ class LearnedEviction(SoftmaxAttention):
 
     def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
-        reach = self.router.reach
+        around = (self.router.lookback, self.router.reach)
         if layout.cu_seqlens is None:
             valid = layout.real
             if valid is None:
                 valid = torch.ones(1, layout.length, dtype=torch.bool, device=features.device)
-            return self.router(F.pad(features, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
-        columns, length = gapped_columns(layout.cu_seqlens, layout.length, reach)
+            return self.router(F.pad(features, (0, 0, 0, 0, *around)), F.pad(valid, around))
+        columns, length = gapped_columns(layout.cu_seqlens, layout.length, self.router.lookback)
         spread = features.new_zeros(1, length, *features.shape[2:]).index_copy(1, columns, features)
         valid = torch.zeros(1, length, dtype=torch.bool, device=features.device).index_fill(1, columns, True)
-        scores = self.router(F.pad(spread, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
+        scores = self.router(F.pad(spread, (0, 0, 0, 0, *around)), F.pad(valid, around))
         return scores.index_select(1, columns)
 
     def _score_tail(self, tail: Tensor, layout: TokenLayout) -> Tensor:
-        """Scores [B, R // 2 + T, Hkv] of the tokens that were not final before and of this call's.
+        """Scores [B, reach + T, Hkv] of the tokens that were not final before and of this call's.
 
-        The last R // 2 are not final yet: their future is missing. They are in the window, where no score is needed.
+        The last `reach` are not final yet: their future is missing. They are in the window, where no score is needed.
         """
         reach = self.router.reach
         age = torch.arange(tail.shape[1], device=tail.device) - (tail.shape[1] - 1)

@@ -31,7 +31,7 @@ def parameter_groups(
     scorer parameter (which a schedule may have frozen for now), is in exactly one group; empty groups are left out.
 
     Args:
-        model: the model; scorer parameters are those with `.attn.router.` in their name.
+        model: the model; scorer parameters are those with `.router.` in their name.
         learning_rate: of everything but the scorers.
         weight_decay: of parameters with two or more dimensions.
         scorer_lr_scale: factor on the learning rate of the scorers.
@@ -43,7 +43,7 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_scorer = ".attn.router." in f".{name}"
+        is_scorer = ".router." in f".{name}"
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         if is_scorer and scorer_weight_decay is not None:
             decay = scorer_weight_decay
