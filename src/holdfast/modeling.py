@@ -191,7 +191,7 @@ class HybridModel(HybridPreTrainedModel):
         hidden = self.norm(hidden)
         if cache is not None:
             cache.advance(layout.length, layout.num_real)
-        retention = self._retention(scores, layout, order) if scores else None
+        retention = self._retention(scores, layout, order, whole=cache is None) if scores else None
         return HybridModelOutput(
             last_hidden_state=restore_order(hidden, order),
             past_key_values=cache,
@@ -245,15 +245,19 @@ class HybridModel(HybridPreTrainedModel):
         hidden = hidden.gather(1, order.unsqueeze(2).expand_as(hidden))
         return hidden, TokenLayout(seen, positions, real, None, fresh), order
 
-    def _retention(self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None) -> RetentionOutput:
+    def _retention(
+        self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None, whole: bool
+    ) -> RetentionOutput:
         reach = self.eviction_layers()[0].router.reach
         penalised = layout.followed_by(reach)
         sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
+        stored = [lte.stored(s, layout) for lte, s in zip(self.eviction_layers(), scores, strict=True) if whole]
         kept = torch.stack([((s.detach() > 0) & penalised.unsqueeze(2)).sum((0, 1)) / sequences for s in scores])
         return RetentionOutput(
             scores=tuple(restore_order(s, order) for s in scores),
             kept=kept,
             penalised=restore_order(penalised, order),
+            stored=torch.stack(stored) if whole else None,
         )
 
 

@@ -25,6 +25,7 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
+from holdfast.training.speed import CLOCK_METRICS
 
 TASK = NeedleTask(length=32, num_pairs=3, num_keys=5, num_values=5, num_noise=4, window=8)
 MODEL = {
@@ -84,7 +85,7 @@ def train_until_killed(recipe: Recipe, step: int, monkeypatch) -> None:
 def metrics_of(directory) -> list[dict]:
     """The metrics that do not depend on the clock."""
     lines = read_metrics(directory / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "loss" in line]
+    return [{k: v for k, v in line.items() if k not in CLOCK_METRICS} for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,8 @@ def test_a_run_leaves_model_metrics_and_recipe(finished):
     for line in lines:
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["retention_loss"], rel=1e-4)
         assert line["kept_mean"] == pytest.approx(sum(line["kept"][0]) / 2)
+        assert line["stored_min"] == min(line["stored"][0])
+        assert 1 <= line["stored_min"] <= line["stored_max"] <= 4  # the sink at least, the budget at most
         assert line["lambda_max"] == max(line["lambda"][0])
     assert len({line["lambda_max"] for line in lines}) == 4  # λ moved at every update
     assert lines[-1]["lambda"] == weights["model.l1_lambda"].tolist()
@@ -360,4 +363,5 @@ def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
     assert lines[1].startswith("step 2/2  loss ")
-    assert "kept_mean" in lines[1]
+    for shown in (" tokens/s  ", "utilisation ", "stored ", "kept ", "λ "):
+        assert shown in lines[1]

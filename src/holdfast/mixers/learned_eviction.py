@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
-from holdfast.mixers.layout import TokenLayout, gapped_columns
+from holdfast.mixers.layout import TokenLayout, document_of_column, gapped_columns
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
 from holdfast.mixers.window_state import WindowState
+from holdfast.ops.gated_attention import gated_retained_attention
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER, streaming_retention
+
+# Of a pair that the scorer is sure to drop: its logarithm and the gradient of that must stay finite.
+_LEAST_GATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,15 @@ class LearnedEviction(SoftmaxAttention):
             the penalty too (a schedule switches it on).
         training_budget: slots of the store in training, so that what is kept is decided by rank; None: no cap.
         exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
+        soft_gate: while training, σ(logit) to this power multiplies a pair's weight for queries beyond its window: a
+            second path by which these teach the scorer. 0: the cut is hard.
     """
 
     Options = LearnedEvictionOptions
     eviction: bool = True
     training_budget: int | None = None
     exploration: float = 0.0
+    soft_gate: float = 0.0
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
@@ -154,7 +161,11 @@ class LearnedEviction(SoftmaxAttention):
         else:
             v = self._teaching(v, scores)
         visible_until = confine(self._retention(scores, layout), layout)
-        out = retained_attention(q, k, v, visible_until, self.options.window)
+        if self.training and self.eviction and self.soft_gate > 0:
+            log_gate = self._log_gate(scores, layout)
+            out = gated_retained_attention(q, k, v, visible_until, self.options.window, log_gate)
+        else:
+            out = retained_attention(q, k, v, visible_until, self.options.window)
         return MixerOutput(self.output(out), scores)
 
     def _chunk(
@@ -191,6 +202,32 @@ class LearnedEviction(SoftmaxAttention):
     def _teaching(self, v: Tensor, scores: Tensor) -> Tensor:
         """The values, unchanged; their gradients also reach the scores."""
         return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
+
+    def _log_gate(self, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """soft_gate · log σ(logit), [B, T, Hkv] fp32; 0 for sinks, whose score decides nothing."""
+        probability = (scores + self.options.threshold).clamp(min=_LEAST_GATE)
+        sinks = layout.token_positions.unsqueeze(2) < self.options.sinks
+        return (self.soft_gate * probability.log()).masked_fill(sinks, 0)
+
+    @torch.no_grad()
+    def stored(self, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """Pairs in the store after the last token of a sequence, [Hkv] fp32, a mean over the sequences.
+
+        A candidate takes a free slot while there is one, so the store then holds as many as have left the window, or
+        `budget`: with the budget enforced exactly this, in training without it what a cache would hold.
+
+        Args:
+            scores: [B, T, Hkv] of whole sequences. layout: theirs.
+        """
+        is_sink = layout.token_positions.unsqueeze(2) < self.options.sinks
+        candidates = ((scores > 0) | is_sink) & layout.followed_by(self.options.window + 1).unsqueeze(2)
+        if layout.cu_seqlens is None:
+            counts = candidates.sum(dim=1)
+        else:
+            document = document_of_column(layout.cu_seqlens, layout.length)
+            counts = document.new_zeros(len(layout.cu_seqlens) - 1, scores.shape[2])
+            counts.index_add_(0, document, candidates[0].long())
+        return counts.clamp(max=self.options.budget).float().mean(dim=0)
 
     def _score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""

@@ -35,7 +35,7 @@ _PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_to
 _OWN_FILES = {*_PREPARED, METRICS_FILE, SUMMARY_FILE, "config.json", "generation_config.json", "model.safetensors"}
 # What a resumed run may do differently: nothing that the weights depend on.
 _MAY_CHANGE = ("output.", "description", *(f"training.{name}_every" for name in ("log", "save", "eval")))
-_MAY_CHANGE += ("training.keep_checkpoints", "training.workers")
+_MAY_CHANGE += ("training.keep_checkpoints", "training.workers", "training.report_to", "training.peak_flops")
 
 
 class RunDirectoryError(RuntimeError):
@@ -77,6 +77,7 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
         data_collator=data.collator,
         processing_class=data.tokenizer,
         retention=RetentionCallback(recipe.controller, recipe.retention),
+        peak_flops=recipe.training.peak_flops,
         scorer_lr_scale=recipe.training.scorer_lr_scale,
         scorer_weight_decay=recipe.training.scorer_weight_decay,
     )
@@ -222,7 +223,8 @@ def _training_arguments(recipe: Recipe, directory: Path, has_eval: bool) -> Trai
         prediction_loss_only=True,
         seed=training.seed,
         data_seed=training.seed,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
+        run_name=recipe.name,
         disable_tqdm=True,
     )
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from holdfast.training.callbacks import RetentionCallback
+from holdfast.training.speed import SpeedMeter
 
-_SCALARS = ("lm_loss", "retention_loss", "kept_mean", "kept_min", "kept_max", "lambda_mean", "lambda_max")
+_COUNTS = ("kept_mean", "kept_min", "kept_max", "stored_mean", "stored_min", "stored_max")
+_SCALARS = ("lm_loss", "retention_loss", *_COUNTS, "lambda_mean", "lambda_max")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -58,12 +60,14 @@ def parameter_groups(
 class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
-    Its logs gain `lm_loss`, `retention_loss`, and over all heads `kept_mean|min|max` and `lambda_mean|max`. A loss that
+    Its logs gain `lm_loss`, `retention_loss`, over all heads `kept_mean|min|max`, `stored_mean|min|max` and
+    `lambda_mean|max` (see `RetentionCallback.drain`), and what `SpeedMeter` measures. A loss that
     is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
         retention: the callback that steers learned eviction; None: one with the settings in the model's configuration.
+        peak_flops: as for `SpeedMeter`.
         scorer_lr_scale, scorer_weight_decay: as for `parameter_groups`.
     """
 
@@ -71,6 +75,7 @@ class HybridTrainer(Trainer):
         self,
         *args: Any,
         retention: RetentionCallback | None = None,
+        peak_flops: float | None = None,
         scorer_lr_scale: float = 1.0,
         scorer_weight_decay: float | None = None,
         **kwargs: Any,
@@ -81,6 +86,8 @@ class HybridTrainer(Trainer):
         self.last_metrics: dict[str, Any] = {}
         self._first_bad_step: Tensor | None = None
         self.add_callback(retention or RetentionCallback())
+        self.speed = SpeedMeter(peak_flops)
+        self.add_callback(self.speed)
 
     @property
     def retention(self) -> RetentionCallback:
@@ -114,6 +121,7 @@ class HybridTrainer(Trainer):
             self._stop_if_diverged()
             self.last_metrics = self.retention.drain()
             logs |= {name: self.last_metrics[name] for name in _SCALARS if name in self.last_metrics}
+            logs |= self.speed.drain()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
