@@ -121,7 +121,8 @@ def test_a_soft_gate_of_power_0_is_the_hard_cut_and_one_above_lets_far_queries_t
     torch.testing.assert_close(model(ids).logits, hard, atol=1e-4, rtol=0)
     layer.soft_gate = 1.0
     assert (model(ids).logits - hard).abs().max() > 1e-3
-    torch.testing.assert_close(model.eval()(ids, use_cache=False).logits, make_model().eval()(ids, use_cache=False).logits)
+    evaluated, expected = model.eval()(ids, use_cache=False), make_model().eval()(ids, use_cache=False)
+    torch.testing.assert_close(evaluated.logits, expected.logits)
     # With the cut soft but no pair visible that was dropped, nothing tells the scorer what those would be worth.
     model.train()
     torch.nn.init.constant_(last, -3.0)

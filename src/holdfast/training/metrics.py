@@ -76,7 +76,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on standard error with loss, speed, stored and kept pairs, and λ; elsewhere than in a terminal one line a log.
+    """A bar on standard error with loss, speed, stored and kept pairs, and λ; without a terminal one line per log.
 
     `stored` is what a head's store holds on average, at most the budget; `kept` how many pairs it scores above the
     threshold, which is what λ steers.
