@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleStream, NeedleTask
@@ -365,3 +366,23 @@ def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
     assert lines[1].startswith("step 2/2  loss ")
     for shown in (" tokens/s  ", "utilisation ", "stored ", "kept ", "λ "):
         assert shown in lines[1]
+
+
+def test_logs_go_where_the_recipe_reports_to(tmp_path, monkeypatch):
+    received = []
+
+    class Recorder(TrainerCallback):
+        """Stands for TensorBoard, W&B or trackio, which transformers finds under their names in the same way."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            received.append((args.run_name, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    train(make_recipe(tmp_path, max_steps=2, save_every=2, report_to=("recorder",), peak_flops=1e9))
+    name, logs = next((name, logs) for name, logs in received if "loss" in logs)
+    assert name == "run"
+    expected = {"lm_loss", "kept_mean", "stored_mean", "stored_min", "lambda_max", "tokens_per_second", "utilisation"}
+    assert expected <= logs.keys()
+    assert 0 < logs["utilisation"] < 1000  # whatever this machine reaches of what was given
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        train(make_recipe(tmp_path, name="other", max_steps=2, report_to=("nowhere",)))

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "Train a model by a recipe, or continue where a run stopped.",
+    "report": "Write a page with the losses, the speed and the kept pairs of training runs.",
     "evaluate": "Measure trained models: recall of needles by distance, or perplexity of text.",
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
     "inspect": "Write a page that shows what a model keeps of a text, step by step.",
