@@ -12,7 +12,7 @@ from torch import nn
 
 import triton_interpreter  # noqa: F401  # before anything that imports Triton
 from holdfast import HybridConfig, HybridForCausalLM
-from holdfast.mixers import LearnedEviction
+from holdfast.mixers.scorers import ConvScorer
 
 settings.register_profile("holdfast", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("holdfast")
@@ -64,9 +64,9 @@ def _small_model(*mixers: str, seed: int = 0, **settings: Any) -> HybridForCausa
     torch.manual_seed(seed)
     model = HybridForCausalLM(_small_config(*mixers, **settings)).eval()
     for module in model.modules():
-        if isinstance(module, LearnedEviction):
-            nn.init.zeros_(module.router.conv_stack.proj.bias)
-            nn.init.normal_(module.router.conv_stack.proj.weight, std=2.0)
+        if isinstance(module, ConvScorer):
+            nn.init.zeros_(module.conv_stack.proj.bias)
+            nn.init.normal_(module.conv_stack.proj.weight, std=2.0)
     return model
 
 

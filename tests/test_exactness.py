@@ -51,7 +51,8 @@ class Case:
 def cases(draw: st.DrawFn, stacks: list[tuple[str, ...]] = STACKS) -> Case:
     """Any stack with any small window, budget, sinks, scorer, groups of heads, and Gated DeltaNet variant."""
     sizes, dilations = draw(st.sampled_from([((1,), (1,)), ((3,), (1,)), ((5, 3), (1, 2)), ((3, 3, 3), (2, 2, 2))]))
-    reach = sum((size - 1) * dilation for size, dilation in zip(sizes, dilations, strict=True)) // 2
+    causal = draw(st.booleans())
+    reach = 0 if causal else sum((n - 1) * step for n, step in zip(sizes, dilations, strict=True)) // 2
     budget = draw(st.integers(1, 7))
     kv_heads = draw(st.sampled_from([1, 2, 4]))
     key_heads, value_heads = draw(st.sampled_from([(2, None), (2, 4), (1, 3)]))
@@ -63,7 +64,8 @@ def cases(draw: st.DrawFn, stacks: list[tuple[str, ...]] = STACKS) -> Case:
             "conv_size": sizes,
             "conv_dilation": dilations,
             "num_kv_heads": kv_heads,
-            "scorer_sharing": draw(st.sampled_from(["head", "layer"])),
+            "scorer_sharing": draw(st.sampled_from(["head", "layer", "all"])),
+            "scorer_causal": causal,
         },
         "sliding_attention": {"window": draw(st.integers(1, 9)), "num_kv_heads": kv_heads, "qkv_bias": True},
         "full_attention": {"num_kv_heads": kv_heads},

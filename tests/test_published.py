@@ -108,7 +108,8 @@ def test_weights_that_do_not_fit_are_named(published: Path, change: Callable[...
         ({"use_short_conv": False}, "use_short_conv = False"),
         ({"attn__routing_method": "softmax"}, "routing_method = 'softmax'"),
         ({"attn__routing_grad": False}, "routing_grad = False"),
-        ({"attn__routing_shared": "all"}, "scorer_sharing must be 'head' or 'layer', got 'all'"),
+        ({"attn__routing_shared": "all"}, "routing_shared = 'all': it is not known where"),
+        ({"attn__routing_shared": "some"}, "scorer_sharing must be 'head', 'layer' or 'all', got 'some'"),
         ({"attn__attn_type": "mamba"}, "attn_type 'mamba' is not known"),
         (
             {"attn__attn_type": "nsa", "attn__block_counts": 0},

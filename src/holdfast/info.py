@@ -123,6 +123,8 @@ def _part(name: str, mixers: list[str]) -> str:
         return "embeddings"
     if path[0] == "lm_head":
         return "output head"
+    if path[0] == "router":
+        return "retention scorer"
     if path[0] == "norm" or path[2].endswith("_norm"):
         return "norms"
     if path[2] == "mlp":

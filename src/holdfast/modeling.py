@@ -142,6 +142,10 @@ class HybridModel(HybridPreTrainedModel):
         scorers = self.eviction_layers()
         self.has_scorers = bool(scorers)
         if scorers:
+            if scorers[0].options.scorer_sharing == "all":
+                self.router = scorers[0].options.build_scorer()
+                for layer in scorers:
+                    layer.use_scorer(self.router)
             shape = (len(scorers), scorers[0].options.kv_heads)
             self.register_buffer("l1_lambda", torch.zeros(shape))
             self.register_buffer("num_kept", torch.zeros(shape))
@@ -190,7 +194,7 @@ class HybridModel(HybridPreTrainedModel):
         hidden = self.norm(hidden)
         if cache is not None:
             cache.advance(layout.length, layout.num_real)
-        retention = self._retention(scores, layout, order) if scores else None
+        retention = self._retention(scores, layout, order, whole=cache is None) if scores else None
         return HybridModelOutput(
             last_hidden_state=restore_order(hidden, order),
             past_key_values=cache,
@@ -244,14 +248,18 @@ class HybridModel(HybridPreTrainedModel):
         hidden = hidden.gather(1, order.unsqueeze(2).expand_as(hidden))
         return hidden, TokenLayout(seen, positions, real, None, fresh), order
 
-    def _retention(self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None) -> RetentionOutput:
+    def _retention(
+        self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None, whole: bool
+    ) -> RetentionOutput:
         reach = self.eviction_layers()[0].router.reach
         penalised = layout.followed_by(reach)
         sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
+        stored = [lte.stored(s, layout) for lte, s in zip(self.eviction_layers(), scores, strict=True) if whole]
         return RetentionOutput(
             scores=tuple(restore_order(s, order) for s in scores),
             kept=count_kept(scores, penalised, sequences),
             penalised=restore_order(penalised, order),
+            stored=torch.stack(stored) if whole else None,
         )
 
 

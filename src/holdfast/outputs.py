@@ -21,12 +21,16 @@ class RetentionOutput(ModelOutput):
         scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − threshold; above 0: worth keeping. With a cache,
             scores of the last R // 2 tokens are not final (NaN while decoding token by token).
         kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
-        penalised: [B, T] bool: those positions, real tokens with R // 2 tokens of future.
+            These are candidates, whether or not they are in the window still, and however many slots the store has.
+        penalised: [B, T] bool: those positions, real tokens with as many tokens of future as the scorer reads.
+        stored: [L, Hkv] fp32, no gradient: pairs that the store holds after the last token of a sequence, sinks
+            included, at most the budget; the mean over sequences. None with a cache, which can be asked itself.
     """
 
     scores: tuple[Tensor, ...] | None = None
     kept: Tensor | None = None
     penalised: Tensor | None = None
+    stored: Tensor | None = None
 
 
 @dataclass

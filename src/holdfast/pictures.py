@@ -1,7 +1,9 @@
-"""Pictures that are written whole or not at all, without a display."""
+"""Pictures that are written whole or not at all, or put into a page, without a display."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +23,21 @@ def picture(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator
     Raises:
         ValueError: if the format is unknown.
     """
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size)
     yield figure
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=160)
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of `size` inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as a PNG inside a `data:` address, for a page that needs no other file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

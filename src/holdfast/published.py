@@ -100,6 +100,8 @@ def _attention(
     if kind == "lte":
         _refuse(section, "routing_method", ("sigmoid",))
         _refuse(section, "routing_grad", (True,))
+        if section.get("routing_shared") == "all":
+            raise ValueError("routing_shared = 'all': it is not known where such a checkpoint keeps its one scorer")
         options |= {ours: section[theirs] for theirs, ours in EVICTION_KEYS.items() if theirs in section}
         controller = {ours: section[theirs] for theirs, ours in CONTROLLER_KEYS.items() if theirs in section}
         return "learned_eviction", options, controller
@@ -150,10 +152,14 @@ def _published_attention(config: HybridConfig, name: str, allowed: set[str]) -> 
     section: dict[str, Any] = {key: options.get(key) for key in ATTENTION_KEYS}
     section["num_kv_heads"] = section["num_kv_heads"] or section["num_heads"]
     if name == "learned_eviction":
-        if options.get("threshold", 0.5) != 0.5:
-            raise ValueError(
-                f"the published format computes only threshold = 0.5, this model has {options['threshold']}"
-            )
+        for key, computed in {
+            "threshold": (0.5,),
+            "scorer_causal": (False,),
+            "scorer_sharing": ("head", "layer"),
+        }.items():
+            if key in options and options[key] not in computed:
+                known = " or ".join(map(repr, computed))
+                raise ValueError(f"the published format has only {key} = {known}, this model has {options[key]!r}")
         section |= {"attn_type": "lte", "routing_method": "sigmoid", "routing_grad": True}
         section |= {theirs: options[ours] for theirs, ours in EVICTION_KEYS.items() if ours in options}
         section |= {

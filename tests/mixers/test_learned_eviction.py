@@ -83,3 +83,72 @@ def test_no_gradient_reaches_the_scorer_while_eviction_is_off() -> None:
 def test_threshold_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold must lie in"):
         LearnedEvictionOptions(**{**OPTIONS, "threshold": 1.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.0])
+def test_stored_is_what_the_cache_holds(threshold: float) -> None:
+    """Sinks, the window and the budget count; λ's count of candidates knows none of them."""
+    model = make_model(threshold=threshold).eval()
+    ids, mask = tokens(), torch.ones(2, 61)
+    mask[1, :48] = 0  # the second row's store is not full
+    with torch.no_grad():
+        retention = model(ids, attention_mask=mask, use_cache=False).retention
+        cached = model(ids, attention_mask=mask, use_cache=True)
+    held = (cached.past_key_values.layers[1].positions >= 0).sum(-1).float()
+    torch.testing.assert_close(retention.stored, held.mean(0, keepdim=True))
+    assert held.min() < OPTIONS["budget"] == held.max()
+    assert retention.kept.min() > retention.stored.max()
+    assert cached.retention.stored is None
+    model.train()
+    torch.testing.assert_close(model(ids, attention_mask=mask).retention.stored, retention.stored)
+
+
+def test_stored_of_packed_documents_is_the_mean_of_theirs() -> None:
+    model, ids, lengths = make_model().eval(), tokens()[:1], [9, 0, 31, 21]
+    with torch.no_grad():
+        packed = model(ids, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0)).retention.stored
+        documents = [part for part in ids.split(lengths, dim=1) if part.numel()]
+        alone = [model(part, use_cache=False).retention.stored for part in documents]
+    torch.testing.assert_close(packed, torch.stack(alone).sum(0) / 4)
+
+
+def test_a_soft_gate_of_power_0_is_the_hard_cut_and_one_above_lets_far_queries_teach() -> None:
+    model = make_model().train()
+    layer, ids = model.model.eviction_layers()[0], tokens()
+    hard = model(ids).logits
+    last = layer.router.conv_stack.proj.bias
+    layer.soft_gate = 1e-7
+    torch.testing.assert_close(model(ids).logits, hard, atol=1e-4, rtol=0)
+    layer.soft_gate = 1.0
+    assert (model(ids).logits - hard).abs().max() > 1e-3
+    evaluated, expected = model.eval()(ids, use_cache=False), make_model().eval()(ids, use_cache=False)
+    torch.testing.assert_close(evaluated.logits, expected.logits)
+    # With the cut soft but no pair visible that was dropped, nothing tells the scorer what those would be worth.
+    model.train()
+    torch.nn.init.constant_(last, -3.0)
+    norms = []
+    for exploration in (0.0, 1.0):
+        layer.exploration = exploration
+        model.zero_grad()
+        layer._teaching = lambda v, scores: v  # type: ignore[method-assign]  # the gate's path alone
+        model(ids, labels=ids).lm_loss.backward()
+        norms.append(float(last.grad.abs().sum()) if last.grad is not None else 0.0)
+    assert norms[0] == 0 < norms[1]
+
+
+def test_a_soft_gate_spares_sinks_and_pads() -> None:
+    model = make_model().train()
+    layer, ids = model.model.eviction_layers()[0], tokens(40)
+    layer.soft_gate = layer.exploration = 1.0
+    torch.nn.init.constant_(layer.router.conv_stack.proj.bias, -60.0)  # beyond what a logarithm bears
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
+    mask = torch.ones(2, 45)
+    mask[:, :5] = 0
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask).logits[:, 5:]
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
+        layer.exploration, layer.soft_gate = 0.0, 0.0  # only the sink is left, as the gate left only the sink
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-3, rtol=0)
+    layer.exploration = layer.soft_gate = 1.0
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

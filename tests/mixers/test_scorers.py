@@ -24,27 +24,31 @@ def by_definition(scorer: ConvScorer, features: Tensor, valid: Tensor) -> Tensor
             dilation = conv.dilation[1]
             if conv is not stack.proj:
                 x = x * valid[:, None, :]
-            x = F.conv1d(x, weight[:, :, 0], bias, padding=(weight.shape[3] - 1) // 2 * dilation, dilation=dilation)
+            past = (weight.shape[3] - 1) * dilation
+            x = F.pad(x, (past, 0) if scorer.causal else (past // 2, past // 2))
+            x = F.conv1d(x, weight[:, :, 0], bias, dilation=dilation)
             x = x if conv is stack.proj else F.silu(x)
         scores.append(torch.sigmoid(x[:, 0]) - 0.5)
     return torch.stack(scores, dim=2)
 
 
-def padded(features: Tensor, valid: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    return F.pad(features, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach))
+def padded(scorer: ConvScorer, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    around = (scorer.lookback, scorer.reach)
+    return F.pad(features, (0, 0, 0, 0, *around)), F.pad(valid, around)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("sizes", "dilations"), SHAPES)
-def test_scores_and_gradients_by_definition(sizes: tuple[int, ...], dilations: tuple[int, ...], shared: bool) -> None:
+def test_scores_and_gradients_by_definition(
+    sizes: tuple[int, ...], dilations: tuple[int, ...], shared: bool, causal: bool
+) -> None:
     torch.manual_seed(0)
-    scorer = ConvScorer(3, 16, sizes, dilations, dropout=0.0, shared=shared).double()
+    scorer = ConvScorer(3, 16, sizes, dilations, dropout=0.0, shared=shared, causal=causal).double()
     features = torch.randn(2, 21, 3, 16, dtype=torch.float64, requires_grad=True)
     valid = torch.ones(2, 21, dtype=torch.bool)
     valid[1, :5] = False
-    out = scorer(
-        *padded(features, valid, scorer.reach),
-    )
+    out = scorer(*padded(scorer, features, valid))
     expected = by_definition(scorer, features, valid)
     weight = torch.randn_like(expected) * valid.unsqueeze(2)
     torch.testing.assert_close(out.double()[valid], expected[valid], atol=1e-6, rtol=0)  # scores are fp32
@@ -54,16 +58,18 @@ def test_scores_and_gradients_by_definition(sizes: tuple[int, ...], dilations: t
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_score_depends_on_its_receptive_field_and_on_nothing_else() -> None:
+@pytest.mark.parametrize(("causal", "first", "last"), [(False, 14, 26), (True, 8, 20)])
+def test_a_score_depends_on_its_receptive_field_and_on_nothing_else(causal: bool, first: int, last: int) -> None:
     torch.manual_seed(0)
-    scorer = ConvScorer(2, 16, dropout=0.0)
+    scorer = ConvScorer(2, 16, dropout=0.0, causal=causal)
     assert scorer.receptive_field == receptive_field((3, 3, 3), (2, 2, 2)) == 13
+    assert (20 - scorer.lookback, 20 + scorer.reach) == (first, last)
     features = torch.randn(1, 40, 2, 16, requires_grad=True)
-    scores = scorer(*padded(features, torch.ones(1, 40, dtype=torch.bool), 6))
+    scores = scorer(*padded(scorer, features, torch.ones(1, 40, dtype=torch.bool)))
     (gradient,) = torch.autograd.grad(scores[0, 20, 1], features)
     touched = gradient[0].abs().sum(2).nonzero()
-    assert touched[:, 0].min() == 14
-    assert touched[:, 0].max() == 26
+    assert touched[:, 0].min() == first
+    assert touched[:, 0].max() == last
     assert (touched[:, 1] == 1).all()  # the other head's pairs do not matter
 
 
@@ -71,9 +77,9 @@ def test_values_at_pads_do_not_matter_even_if_they_are_nan() -> None:
     scorer = ConvScorer(1, 8, dropout=0.0)
     features = torch.randn(1, 20, 1, 8)
     valid = torch.arange(20).unsqueeze(0) >= 4
-    clean = scorer(*padded(features, valid, 6))[:, 4:]
+    clean = scorer(*padded(scorer, features, valid))[:, 4:]
     features[:, :4] = torch.nan
-    assert torch.equal(scorer(*padded(features, valid, 6))[:, 4:], clean)
+    assert torch.equal(scorer(*padded(scorer, features, valid))[:, 4:], clean)
 
 
 def test_dropout_only_in_training() -> None:

@@ -40,7 +40,7 @@ def alive(scores: Tensor, budget: int, window: int, sinks: int) -> set[int]:
 )
 def test_single_tokens(scores: list[float], budget: int, window: int, sinks: int, reach: int) -> None:
     sinks = min(sinks, budget)
-    state = WindowState(1, 2, window, budget, receptive_field=2 * reach + 1)
+    state = WindowState(1, 2, window, budget, delay=reach)
     state.allocate(1, torch.float32, "cpu")
     for position in range(len(scores)):
         final = torch.tensor([[scores[position - reach] if position >= reach else -9.0]])

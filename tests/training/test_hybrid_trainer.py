@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import MODEL, TASK
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleStream
@@ -26,6 +27,7 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
+from holdfast.training.speed import CLOCK_METRICS
 
 
 def make_recipe(directory, name="run", **training) -> Recipe:
@@ -71,7 +73,7 @@ def train_until_killed(recipe: Recipe, step: int, monkeypatch) -> None:
 def metrics_of(directory) -> list[dict]:
     """The metrics that do not depend on the clock."""
     lines = read_metrics(directory / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "loss" in line]
+    return [{k: v for k, v in line.items() if k not in CLOCK_METRICS} for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,8 @@ def test_a_run_leaves_model_metrics_and_recipe(finished):
     for line in lines:
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["retention_loss"], rel=1e-4)
         assert line["kept_mean"] == pytest.approx(sum(line["kept"][0]) / 2)
+        assert line["stored_min"] == min(line["stored"][0])
+        assert 1 <= line["stored_min"] <= line["stored_max"] <= 4  # the sink at least, the budget at most
         assert line["lambda_max"] == max(line["lambda"][0])
     assert len({line["lambda_max"] for line in lines}) == 4  # λ moved at every update, of which step 3 is none
     assert lines[-1]["lambda"] == weights["model.l1_lambda"].tolist()
@@ -343,4 +347,25 @@ def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
     assert lines[1].startswith("step 2/2  loss ")
-    assert "kept_mean" in lines[1]
+    for shown in (" tokens/s  ", "utilisation ", "stored ", "kept ", "λ "):
+        assert shown in lines[1]
+
+
+def test_logs_go_where_the_recipe_reports_to(tmp_path, monkeypatch):
+    received = []
+
+    class Recorder(TrainerCallback):
+        """Stands for TensorBoard, W&B or trackio, which transformers finds under their names in the same way."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            received.append((args.run_name, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    train(make_recipe(tmp_path, max_steps=2, save_every=2, report_to=("recorder",), peak_flops=1e9))
+    name, logs = next((name, logs) for name, logs in received if "loss" in logs)
+    assert name == "run"
+    expected = {"lm_loss", "kept_mean", "stored_mean", "stored_min", "lambda_max", "tokens_per_second", "utilisation"}
+    assert expected <= logs.keys()
+    assert 0 < logs["utilisation"] < 1000  # whatever this machine reaches of what was given
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        train(make_recipe(tmp_path, name="other", max_steps=2, report_to=("nowhere",)))

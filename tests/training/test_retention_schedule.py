@@ -5,7 +5,7 @@ import torch
 
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.mixers import TokenLayout
-from holdfast.training import RetentionSchedule, learned_eviction_layers
+from holdfast.training import RetentionSchedule, learned_eviction_layers, load_recipe
 
 GDN = {"num_heads": 2, "head_dim": 8}
 LTE = {"num_heads": 2, "head_dim": 8, "window": 8, "budget": 4, "sinks": 1}
@@ -99,6 +99,8 @@ def test_a_model_without_eviction_is_left_alone():
         ({"scorer_freeze_steps": -1}, "scorer_freeze_steps must be 0 or more"),
         ({"exploration": 1.5}, "exploration must be a share"),
         ({"exploration_end": 0.0}, "exploration_end must be a fraction"),
+        ({"soft_gate": -0.1}, "soft_gate must be a power of 0 or more"),
+        ({"soft_gate_end": 1.5}, "soft_gate_end must be a fraction"),
     ],
 )
 def test_errors_name_the_setting(settings, message):
@@ -113,3 +115,49 @@ def test_the_budget_can_be_held_in_training(model):
     assert layer.training_budget == layer.options.budget
     RetentionSchedule().apply(model, 0, 10)
     assert layer.training_budget is None
+
+
+def test_the_soft_gate_falls_to_zero_and_stays(model):
+    schedule = RetentionSchedule(soft_gate=2.0, soft_gate_end=0.25)
+    for step, power in {0: 2.0, 10: 1.6, 50: 0.0, 150: 0.0}.items():
+        schedule.apply(model, step, 200)
+        assert [layer.soft_gate for layer in model.model.eviction_layers()] == pytest.approx([power] * 2)
+
+
+SWITCHES = """
+base = "needle-lalte"
+[model.mixer_options.learned_eviction]
+conv_size = [3, 1, 3]
+conv_dilation = [1, 1, 1]
+scorer_sharing = "all"
+scorer_causal = true
+[retention]
+eviction_start = 10
+enforce_budget = true
+scorer_freeze_steps = 20
+exploration = 0.4
+exploration_end = 0.5
+soft_gate = 1.0
+soft_gate_end = 0.8
+"""
+
+
+def test_every_open_question_is_a_switch_of_a_recipe(tmp_path):
+    (tmp_path / "switches.toml").write_text(SWITCHES)
+    recipe = load_recipe(tmp_path / "switches.toml")
+    model = HybridForCausalLM(recipe.build_config())
+    (layer,) = model.model.eviction_layers()
+    scorer = layer.router
+    assert scorer is model.model.router
+    assert (scorer.receptive_field, scorer.reach, scorer.shared) == (5, 0, True)
+    found = []
+    for step in (0, 15, 25, 90):
+        recipe.retention.apply(model, step, 100)
+        learns = all(parameter.requires_grad for parameter in scorer.parameters())
+        found.append((layer.eviction, layer.training_budget, learns, layer.exploration, layer.soft_gate))
+    assert found == [
+        (False, 40, False, 0.4, 1.0),
+        (True, 40, False, pytest.approx(0.28), pytest.approx(0.8125)),
+        (True, 40, True, pytest.approx(0.2), pytest.approx(0.6875)),
+        (True, 40, True, 0.0, 0.0),
+    ]

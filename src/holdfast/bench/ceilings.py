@@ -8,7 +8,7 @@ import torch
 
 from holdfast.bench.timing import Variant, measure
 
-__all__ = ["Ceilings", "measure_ceilings"]
+__all__ = ["Ceilings", "measure_ceilings", "measure_matmul"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = 
     megabytes, side = (4, 256) if quick else (1024, 8192) if device.type == "cuda" else (256, 2048)
     source = torch.rand(megabytes << 18, device=device)  # fp32
     target = torch.empty_like(source)
-    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
     timings = measure(
-        [
-            Variant("copy", lambda: target.copy_(source)),
-            Variant("matmul", lambda: torch.mm(left, right, out=product)),
-        ],
+        [Variant("copy", lambda: target.copy_(source)), _matmul(device, dtype, side)],
         turns=3 if quick else 10,
         limit=5.0,
         device=device,
@@ -52,3 +47,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = 
         matmul_flops_per_second=2 * side**3 / timings["matmul"].summary.minimum,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second (multiply-adds × 2) of the best of a few square matrix products; a fraction of a second.
+
+    Moves no global random state. Products are in TF32 where `torch.set_float32_matmul_precision` allows it.
+    """
+    side = 8192 if device.type == "cuda" else 1024
+    timings = measure([_matmul(device, dtype, side)], turns=4, limit=1.0, device=device, progress=False)
+    return 2 * side**3 / timings["matmul"].summary.minimum
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, side: int) -> Variant:
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.rand(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    return Variant("matmul", lambda: torch.mm(left, right, out=product))

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train a model by a recipe, or continue where a run stopped.",
     "tokenizer": "Train a tokenizer on one's own text.",
     "prepare": "Tokenize text once, into files that training maps into memory.",
+    "report": "Write a page with the losses, the speed and the kept pairs of training runs.",
     "evaluate": "Measure trained models: recall of needles by distance, or perplexity of text.",
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
     "inspect": "Write a page that shows what a model keeps of a text, step by step.",

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
-from holdfast.mixers.layout import TokenLayout, gapped_columns
+from holdfast.mixers.layout import TokenLayout, document_of_column, gapped_columns
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
 from holdfast.mixers.window_state import WindowState
+from holdfast.ops.gated_attention import gated_retained_attention
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER, streaming_retention
+
+# Of a pair that the scorer is sure to drop: its logarithm and the gradient of that must stay finite.
+_LEAST_GATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,14 @@ class LearnedEvictionOptions(AttentionOptions):
         window: a query sees this many past keys, and itself.
         budget: pairs kept per KV head outside the window, sinks included.
         sinks: first tokens of a sequence, never dropped.
-        conv_size, conv_dilation: the scorer's convolutions; (1,), (1,) makes it a network without context.
+        conv_size, conv_dilation: the scorer's convolutions. (1, 1, 1), (1, 1, 1) makes it a network without context
+            (an MLP of the same depth), (3, 3, 3), (1, 1, 1) one with R = 7.
+        scorer_causal: the scorer reads no token after a pair, and R − 1 before it, so that nothing is deferred.
         dropout: of the scorer, in training.
         threshold: a pair is worth keeping where σ(logit) is above it. With 0 the store holds the best `budget` pairs,
             whatever their scores; only their order counts.
-        scorer_sharing: "head" (one network per KV head) or "layer" (one for all heads of a layer).
+        scorer_sharing: "head" (one network per KV head), "layer" (one for all heads of a layer) or "all" (one for the
+            whole model).
     """
 
     window: int = 768
@@ -46,7 +53,8 @@ class LearnedEvictionOptions(AttentionOptions):
     conv_dilation: tuple[int, ...] = (2, 2, 2)
     dropout: float = 0.1
     threshold: float = 0.5
-    scorer_sharing: Literal["head", "layer"] = "head"
+    scorer_sharing: Literal["head", "layer", "all"] = "head"
+    scorer_causal: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,17 +66,35 @@ class LearnedEvictionOptions(AttentionOptions):
         require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
         require(0 <= self.threshold < 1, f"threshold must lie in [0, 1), got {self.threshold}")
         require(
-            self.scorer_sharing in ("head", "layer"),
-            f"scorer_sharing must be 'head' or 'layer', got {self.scorer_sharing!r}",
+            self.scorer_sharing in ("head", "layer", "all"),
+            f"scorer_sharing must be 'head', 'layer' or 'all', got {self.scorer_sharing!r}",
         )
         require(
-            self.window + 1 >= self.receptive_field // 2,
-            f"window ({self.window}) is shorter than the future that the scorer reads ({self.receptive_field // 2})",
+            self.window + 1 >= self.scorer_reach,
+            f"window ({self.window}) is shorter than the future that the scorer reads ({self.scorer_reach})",
         )
 
     @property
     def receptive_field(self) -> int:
         return receptive_field(self.conv_size, self.conv_dilation)
+
+    @property
+    def scorer_reach(self) -> int:
+        """Tokens after a pair that its score depends on: it is final so many steps later."""
+        return 0 if self.scorer_causal else self.receptive_field // 2
+
+    def build_scorer(self) -> ConvScorer:
+        """A scorer with these settings, for one layer, or with scorer_sharing "all" for the whole model."""
+        return ConvScorer(
+            self.kv_heads,
+            2 * self.dim,
+            self.conv_size,
+            self.conv_dilation,
+            self.dropout,
+            shared=self.scorer_sharing != "head",
+            threshold=self.threshold,
+            causal=self.scorer_causal,
+        )
 
 
 class LearnedEviction(SoftmaxAttention):
@@ -87,6 +113,8 @@ class LearnedEviction(SoftmaxAttention):
         substitute: where it is set, it scores in place of the router, in passes without a cache (see
             `holdfast.evaluation.scorers`): called with queries [B, T, H, D] and keys [B, T, Hkv, D] after RoPE, the
             router's features [B, T, Hkv, 2D] and the layout, it returns scores [B, T, Hkv].
+        soft_gate: while training, σ(logit) to this power multiplies a pair's weight for queries beyond its window: a
+            second path by which these teach the scorer. 0: the cut is hard.
     """
 
     Options = LearnedEvictionOptions
@@ -94,30 +122,31 @@ class LearnedEviction(SoftmaxAttention):
     training_budget: int | None = None
     exploration: float = 0.0
     substitute: Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor] | None = None
+    soft_gate: float = 0.0
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
-        self.router = ConvScorer(
-            options.kv_heads,
-            2 * self.head_dim,
-            options.conv_size,
-            options.conv_dilation,
-            options.dropout,
-            shared=options.scorer_sharing == "layer",
-            threshold=options.threshold,
-        )
+        if options.scorer_sharing == "all":
+            return
+        self.router = options.build_scorer()
         with torch.random.fork_rng(devices=[]):  # a scorer's own start, which moves nothing else that a seed decides
             for module in self.router.modules():
                 if callable(initialise := getattr(module, "init_weights", None)):
                     initialise(nn.init)
 
+    def use_scorer(self, scorer: ConvScorer) -> None:
+        """Score with a network that belongs to the whole model (scorer_sharing "all"), not to this layer."""
+        object.__setattr__(self, "router", scorer)  # not a submodule: its weights are the model's, and saved there
+
     @classmethod
     def make_state(cls, options: LearnedEvictionOptions) -> WindowState:
-        return WindowState(options.kv_heads, options.dim, options.window, options.budget, options.receptive_field)
+        scorer = (options.receptive_field, options.scorer_reach)
+        return WindowState(options.kv_heads, options.dim, options.window, options.budget, *scorer)
 
     def flops_per_token(self, context: int) -> int:
         options = self.options
-        return self._attention_flops(min(context, options.window + 1 + options.budget))
+        pairs = min(context, options.window + 1 + options.budget)
+        return self._attention_flops(pairs) + self.scorer_flops_per_token
 
     @property
     def scorer_flops_per_token(self) -> int:
@@ -145,7 +174,11 @@ class LearnedEviction(SoftmaxAttention):
         else:
             v = self._teaching(v, scores)
         visible_until = confine(self._retention(scores, layout), layout)
-        out = retained_attention(q, k, v, visible_until, self.options.window)
+        if self.training and self.eviction and self.soft_gate > 0:
+            log_gate = self._log_gate(scores, layout)
+            out = gated_retained_attention(q, k, v, visible_until, self.options.window, log_gate)
+        else:
+            out = retained_attention(q, k, v, visible_until, self.options.window)
         return MixerOutput(self.output(out), scores)
 
     def _chunk(
@@ -182,24 +215,50 @@ class LearnedEviction(SoftmaxAttention):
         """The values, unchanged; their gradients also reach the scores."""
         return straight_through(v, scores) if torch.is_grad_enabled() and scores.requires_grad else v
 
+    def _log_gate(self, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """soft_gate · log σ(logit), [B, T, Hkv] fp32; 0 for sinks, whose score decides nothing."""
+        probability = (scores + self.options.threshold).clamp(min=_LEAST_GATE)
+        sinks = layout.token_positions.unsqueeze(2) < self.options.sinks
+        return (self.soft_gate * probability.log()).masked_fill(sinks, 0)
+
+    @torch.no_grad()
+    def stored(self, scores: Tensor, layout: TokenLayout) -> Tensor:
+        """Pairs in the store after the last token of a sequence, [Hkv] fp32, a mean over the sequences.
+
+        A candidate takes a free slot while there is one, so the store then holds as many as have left the window, or
+        `budget`: with the budget enforced exactly this, in training without it what a cache would hold.
+
+        Args:
+            scores: [B, T, Hkv] of whole sequences. layout: theirs.
+        """
+        is_sink = layout.token_positions.unsqueeze(2) < self.options.sinks
+        candidates = ((scores > 0) | is_sink) & layout.followed_by(self.options.window + 1).unsqueeze(2)
+        if layout.cu_seqlens is None:
+            counts = candidates.sum(dim=1)
+        else:
+            document = document_of_column(layout.cu_seqlens, layout.length)
+            counts = document.new_zeros(len(layout.cu_seqlens) - 1, scores.shape[2])
+            counts.index_add_(0, document, candidates[0].long())
+        return counts.clamp(max=self.options.budget).float().mean(dim=0)
+
     def score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
-        reach = self.router.reach
+        around = (self.router.lookback, self.router.reach)
         if layout.cu_seqlens is None:
             valid = layout.real
             if valid is None:
                 valid = torch.ones(1, layout.length, dtype=torch.bool, device=features.device)
-            return self.router(F.pad(features, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
-        columns, length = gapped_columns(layout.cu_seqlens, layout.length, reach)
+            return self.router(F.pad(features, (0, 0, 0, 0, *around)), F.pad(valid, around))
+        columns, length = gapped_columns(layout.cu_seqlens, layout.length, self.router.lookback)
         spread = features.new_zeros(1, length, *features.shape[2:]).index_copy(1, columns, features)
         valid = torch.zeros(1, length, dtype=torch.bool, device=features.device).index_fill(1, columns, True)
-        scores = self.router(F.pad(spread, (0, 0, 0, 0, reach, reach)), F.pad(valid, (reach, reach)))
+        scores = self.router(F.pad(spread, (0, 0, 0, 0, *around)), F.pad(valid, around))
         return scores.index_select(1, columns)
 
     def _score_tail(self, tail: Tensor, layout: TokenLayout) -> Tensor:
-        """Scores [B, R // 2 + T, Hkv] of the tokens that were not final before and of this call's.
+        """Scores [B, reach + T, Hkv] of the tokens that were not final before and of this call's.
 
-        The last R // 2 are not final yet: their future is missing. They are in the window, where no score is needed.
+        The last `reach` are not final yet: their future is missing. They are in the window, where no score is needed.
         """
         reach = self.router.reach
         valid = layout.latest_exist(tail.shape[1])

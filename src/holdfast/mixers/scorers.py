@@ -15,6 +15,9 @@ from holdfast.ops import one_token
 class ConvScorer(nn.Module):
     """A small convolutional network per KV head that reads pairs with their neighbours, past and future.
 
+    Kernels of size 1 make it a network without context (an MLP), smaller kernels or dilations shorten its reach, and a
+    causal one reads the past only.
+
     Input is concat(key before RoPE, value); each convolution is `dropout → grouped convolution (channels halve) →
     SiLU`, the last map is 1×1 to one logit; the score is σ(logit) − threshold, so that a pair is worth keeping where
     it is positive; ½ is the published threshold (He & Garner, arXiv 2510.20787; specification §3.3). The parameters
@@ -26,6 +29,7 @@ class ConvScorer(nn.Module):
         kernel_sizes, dilations: of the convolutions, first to last.
         dropout: probability before each convolution, in training.
         threshold: in [0, 1).
+        causal: read no token after a pair, and as many more before it: R stays the same, and scores are final at once.
     """
 
     def __init__(
@@ -37,22 +41,29 @@ class ConvScorer(nn.Module):
         dropout: float = 0.1,
         shared: bool = False,
         threshold: float = 0.5,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads, self.dropout, self.shared, self.threshold = num_heads, dropout, shared, threshold
+        self.causal = causal
         self.conv_stack = _ConvStack(1 if shared else num_heads, channels, kernel_sizes, dilations)
         self.receptive_field = receptive_field(kernel_sizes, dilations)
 
     @property
     def reach(self) -> int:
-        """R // 2: how many tokens before and after a pair its score depends on."""
-        return self.receptive_field // 2
+        """How many tokens after a pair its score depends on: R // 2, or 0. So many steps later the score is final."""
+        return 0 if self.causal else self.receptive_field // 2
+
+    @property
+    def lookback(self) -> int:
+        """How many tokens before a pair its score depends on: R // 2, or R − 1."""
+        return self.receptive_field - 1 - self.reach
 
     def forward(self, features: Tensor, valid: Tensor) -> Tensor:
         """Scores of the tokens that have all their neighbours in the input.
 
         Args:
-            features: [B, T + R − 1, Hkv, 2D].
+            features: [B, T + R − 1, Hkv, 2D], `lookback` columns before the T tokens and `reach` after them.
             valid: [B or 1, T + R − 1] bool; elsewhere (before the sequence, after it, pads) every convolution
                 reads zeros.
 
@@ -72,8 +83,9 @@ class ConvScorer(nn.Module):
             x = F.dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout, self.training)
             assert isinstance(conv, nn.Conv2d)
             x = F.silu(_grouped_conv(x, conv))
-            edge = (valid.shape[1] - x.shape[2]) // 2
-            valid = valid[:, edge : valid.shape[1] - edge]
+            lost = valid.shape[1] - x.shape[2]
+            before = lost if self.causal else lost // 2
+            valid = valid[:, before : before + x.shape[2]]
         logits = _grouped_conv(x, self.conv_stack.proj).view(heads, batch, -1).permute(1, 2, 0)
         return torch.sigmoid(logits.float()) - self.threshold
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
 from holdfast.mixers.layout import TokenLayout, pads_first
@@ -97,7 +97,8 @@ class SoftmaxAttention(TokenMixer):
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
     def _attention_flops(self, pairs: int) -> int:
-        return 2 * count_weights(self) + 4 * pairs * self.options.num_heads * self.head_dim
+        maps = sum(count_weights(layer) for layer in self.children() if isinstance(layer, nn.Linear))
+        return 2 * maps + 4 * pairs * self.options.num_heads * self.head_dim
 
 
 class FullAttention(SoftmaxAttention):
@@ -180,7 +181,7 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
     """The pairs of the past and of this call in one sequence, oldest first.
 
     Args:
-        k, v: [B, T, Hkv, D]. scores: [B, R // 2 + T, Hkv], also of the tokens whose scores were not final before;
+        k, v: [B, T, Hkv, D]. scores: [B, reach + T, Hkv], also of the tokens whose scores were not final before;
             None for a state without a store.
     """
     positions = layout.token_positions.unsqueeze(2).expand(-1, -1, k.shape[2])

@@ -40,11 +40,11 @@ class WindowState(MixerState):
     """
 
     def __init__(
-        self, num_kv_heads: int, head_dim: int, window: int, budget: int = 0, receptive_field: int = 1
+        self, num_kv_heads: int, head_dim: int, window: int, budget: int = 0, receptive_field: int = 1, delay: int = 0
     ) -> None:
         super().__init__()
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.window, self.budget, self.receptive_field = window, budget, receptive_field
+        self.window, self.budget, self.receptive_field, self.delay = window, budget, receptive_field, delay
 
     @property
     def ring_size(self) -> int:
@@ -142,7 +142,7 @@ class WindowState(MixerState):
 
         Args:
             q: [B, H, D]. key, value: [B, Hkv, D] of the new token.
-            score: [B, Hkv] fp32, the score that has just become final: that of the token R // 2 before the new one.
+            score: [B, Hkv] fp32, the score that has just become final: that of the token `delay` before the new one.
             sinks: the first tokens of a sequence, never dropped.
 
         Returns:
@@ -152,5 +152,4 @@ class WindowState(MixerState):
         if self.budget:
             slots = Slots(self.keys, self.values, self.seen, self.scores, self.positions)
         real = None if layout.real is None else layout.real[:, 0]
-        delay = self.receptive_field // 2
-        return window_step(q, key, value, slots, score=score, real=real, sinks=sinks, delay=delay)
+        return window_step(q, key, value, slots, score=score, real=real, sinks=sinks, delay=self.delay)

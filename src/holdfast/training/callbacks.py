@@ -62,18 +62,21 @@ class RetentionCallback(TrainerCallback, ExportableState):
         """Metrics since the last call, then start anew. Waits for the device; call it on every rank.
 
         Returns:
-            `lm_loss` and `retention_loss` (means), `kept_mean|min|max` and `lambda_mean|max` over all heads, and per
-            head `kept` and `lambda`, nested lists [L][Hkv]; only those that the model has.
+            `lm_loss` and `retention_loss` (means); over all heads `kept_mean|min|max` (pairs scored above the
+            threshold, which λ steers), `stored_mean|min|max` (pairs that the store really holds, at most the budget)
+            and `lambda_mean|max`; per head `kept`, `stored` and `lambda`, nested lists [L][Hkv]; only those that the
+            model has.
         """
         means = {name: mean.pop() for name, mean in self._logged.items()}
         known = {name: mean_over_ranks(value) for name, value in means.items() if value is not None}
-        kept = known.pop("kept", None)
+        by_head = {name: known.pop(name) for name in ("kept", "stored") if name in known}
         metrics: dict[str, Any] = {name: value.item() for name, value in known.items()}
-        if kept is not None and self.controller is not None:
+        if by_head and self.controller is not None:
+            for name, count in by_head.items():
+                metrics |= {f"{name}_{kind}": getattr(count, kind)().item() for kind in ("mean", "min", "max")}
             penalty = self.controller.penalty
-            metrics |= {"kept_mean": kept.mean().item(), "kept_min": kept.min().item(), "kept_max": kept.max().item()}
             metrics |= {"lambda_mean": penalty.mean().item(), "lambda_max": penalty.max().item()}
-            metrics |= {"kept": kept.tolist(), "lambda": penalty.tolist()}
+            metrics |= {name: count.tolist() for name, count in by_head.items()} | {"lambda": penalty.tolist()}
         return metrics
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,6 +129,8 @@ class RetentionCallback(TrainerCallback, ExportableState):
             offsets = kwargs.get("cu_seqlens")
             sequences = len(retention.penalised) if offsets is None else len(offsets) - 1
             self._counts.add(retention.kept)
+            if retention.stored is not None:
+                self._logged["stored"].add(retention.stored)
             self._positions.add(retention.penalised.sum() / sequences)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on standard error with loss and kept pairs; where that is no terminal, one line per log."""
+    """A bar on standard error with loss, speed, stored and kept pairs, and λ; without a terminal one line per log.
+
+    `stored` is what a head's store holds on average, at most the budget; `kept` how many pairs it scores above the
+    threshold, which is what λ steers.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -104,12 +109,11 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not logs.keys() & {"loss", "eval_loss"}:
             return
-        shown = ("loss", "lm_loss", "kept_mean", "lambda_mean", "eval_loss")
-        text = "  ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
+        text = "  ".join(show(logs[name]) for name, show in _SHOWN.items() if name in logs)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -119,6 +123,19 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4g}".format,
+    "lm_loss": "lm_loss {:.4g}".format,
+    "eval_loss": "eval_loss {:.4g}".format,
+    "tokens_per_second": "{:,.0f} tokens/s".format,
+    "utilisation": "utilisation {:.1%}".format,
+    "stored_mean": "stored {:.4g}".format,
+    "kept_mean": "kept {:.4g}".format,
+    "lambda_mean": "λ {:.3g}".format,
+}
+"""How the bar shows what is logged, in this order."""
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -126,6 +126,10 @@ class TrainingSection:
     """Steps between evaluations; 0: none."""
     workers: int = 0
     """Processes that prepare batches; 0: the training process itself."""
+    report_to: tuple[str, ...] = ()
+    """Where logs go besides metrics.jsonl, as in transformers: tensorboard, wandb, trackio, …"""
+    peak_flops: float | None = None
+    """Operations per second that a device could make, for the utilisation; left out: measured when training begins."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
@@ -136,6 +140,8 @@ class TrainingSection:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if self.scorer_weight_decay is not None and self.scorer_weight_decay < 0:
             raise ValueError(f"scorer_weight_decay must be 0 or more, got {self.scorer_weight_decay}.")
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if not 0 <= self.final_lr_share <= 1:

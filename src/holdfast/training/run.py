@@ -121,6 +121,7 @@ def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: _Data) ->
         data_collator=data.collator,
         processing_class=data.tokenizer,
         retention=RetentionCallback(recipe.controller, recipe.retention),
+        peak_flops=recipe.training.peak_flops,
         scorer_lr_scale=recipe.training.scorer_lr_scale,
         scorer_weight_decay=recipe.training.scorer_weight_decay,
     )
@@ -250,6 +251,7 @@ def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         prediction_loss_only=True,
         seed=training.seed,
         data_seed=training.seed,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
+        run_name=recipe.name,
         disable_tqdm=True,
     )

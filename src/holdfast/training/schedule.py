@@ -31,6 +31,12 @@ class RetentionSchedule:
     of the run and falls from there, with eviction on or not: where eviction starts later, it starts with less."""
     exploration_end: float = 0.5
     """Fraction of the run at which exploration, falling linearly, reaches 0."""
+    soft_gate: float = 0.0
+    """Power of σ(logit) by which the weight of a visible pair is multiplied for queries beyond its window, at step 0.
+    They then teach the scorer what the pair is worth to them, a dropped one too where exploration leaves it visible
+    (docs/decisions/0010). It falls as exploration does; at 0 the cut is hard, as in evaluation."""
+    soft_gate_end: float = 0.5
+    """Fraction of the run at which the soft gate, falling linearly, reaches 0."""
 
     def __post_init__(self) -> None:
         if self.eviction_start < 0 or (isinstance(self.eviction_start, float) and self.eviction_start > 1):
@@ -46,6 +52,12 @@ class RetentionSchedule:
             raise ValueError(
                 f"exploration_end must be a fraction of the run, above 0 and up to 1, got {self.exploration_end}."
             )
+        if self.soft_gate < 0:
+            raise ValueError(f"soft_gate must be a power of 0 or more, got {self.soft_gate}.")
+        if not 0 < self.soft_gate_end <= 1:
+            raise ValueError(
+                f"soft_gate_end must be a fraction of the run, above 0 and up to 1, got {self.soft_gate_end}."
+            )
 
     def evicts(self, step: int, total_steps: int) -> bool:
         """Whether eviction is on at optimizer step `step` (from 0) of `total_steps`."""
@@ -55,6 +67,10 @@ class RetentionSchedule:
     def exploration_at(self, step: int, total_steps: int) -> float:
         """Share of dropped pairs left visible at optimizer step `step` (from 0) of `total_steps`."""
         return self.exploration * max(0.0, 1 - step / (self.exploration_end * total_steps))
+
+    def soft_gate_at(self, step: int, total_steps: int) -> float:
+        """Power of the soft gate at optimizer step `step` (from 0) of `total_steps`."""
+        return self.soft_gate * max(0.0, 1 - step / (self.soft_gate_end * total_steps))
 
     def apply(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Set every learned-eviction layer of `model` to what the schedule says for the coming optimizer step.
@@ -72,6 +88,7 @@ class RetentionSchedule:
             layer.eviction = evicts
             layer.training_budget = layer.options.budget if self.enforce_budget else None
             layer.exploration = exploration
+            layer.soft_gate = self.soft_gate_at(step, total_steps)
             layer.router.requires_grad_(step >= self.scorer_freeze_steps)
 
 

@@ -26,11 +26,13 @@ from holdfast.files import write_json
 from holdfast.training import checkpointing
 from holdfast.training.callbacks import RetentionCallback
 from holdfast.training.checkpointing import CheckpointError, explaining_reads, explaining_writes
+from holdfast.training.speed import SpeedMeter
 
 DATA_POSITION = "data_position"
 """Directory in a checkpoint where each process leaves its position in a `TextStream`."""
 
-_SCALARS = ("lm_loss", "retention_loss", "kept_mean", "kept_min", "kept_max", "lambda_mean", "lambda_max")
+_COUNTS = ("kept_mean", "kept_min", "kept_max", "stored_mean", "stored_min", "stored_max")
+_SCALARS = ("lm_loss", "retention_loss", *_COUNTS, "lambda_mean", "lambda_max")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -51,7 +53,7 @@ def parameter_groups(
     scorer parameter (which a schedule may have frozen for now), is in exactly one group; empty groups are left out.
 
     Args:
-        model: the model; scorer parameters are those with `.attn.router.` in their name.
+        model: the model; scorer parameters are those with `.router.` in their name.
         learning_rate: of everything but the scorers.
         weight_decay: of parameters with two or more dimensions.
         scorer_lr_scale: factor on the learning rate of the scorers.
@@ -63,7 +65,7 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_scorer = ".attn.router." in f".{name}"
+        is_scorer = ".router." in f".{name}"
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         if is_scorer and scorer_weight_decay is not None:
             decay = scorer_weight_decay
@@ -78,14 +80,16 @@ def parameter_groups(
 class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
-    Its logs gain `lm_loss`, `retention_loss`, and over all heads `kept_mean|min|max` and `lambda_mean|max`. A loss that
-    is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint bears
-    its name only when it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A
-    `TextStream` to train on is shared out over the processes, and checkpoints hold its position.
+    Its logs gain `lm_loss`, `retention_loss`, over all heads `kept_mean|min|max`, `stored_mean|min|max` and
+    `lambda_mean|max` (see `RetentionCallback.drain`), and what `SpeedMeter` measures. A loss that is NaN or infinite
+    ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint bears its name only when
+    it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A `TextStream` to train on
+    is shared out over the processes, and checkpoints hold its position.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
         retention: the callback that steers learned eviction; None: one with the settings in the model's configuration.
+        peak_flops: as for `SpeedMeter`.
         scorer_lr_scale, scorer_weight_decay: as for `parameter_groups`.
     """
 
@@ -93,6 +97,7 @@ class HybridTrainer(Trainer):
         self,
         *args: Any,
         retention: RetentionCallback | None = None,
+        peak_flops: float | None = None,
         scorer_lr_scale: float = 1.0,
         scorer_weight_decay: float | None = None,
         **kwargs: Any,
@@ -106,6 +111,8 @@ class HybridTrainer(Trainer):
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
         self.add_callback(retention or RetentionCallback())
+        self.speed = SpeedMeter(peak_flops)
+        self.add_callback(self.speed)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -169,6 +176,7 @@ class HybridTrainer(Trainer):
             self._stop_if_diverged()
             self.last_metrics = self.retention.drain()
             logs |= {name: self.last_metrics[name] for name in _SCALARS if name in self.last_metrics}
+            logs |= self.speed.drain()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
