@@ -50,7 +50,8 @@ def make_recipe(directory: Path, **training) -> Recipe:
 def losses(run: Path) -> list[dict]:
     """Every logged number that does not depend on the clock."""
     lines = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if "loss" in line]
+    timed = {"seconds", "tokens_per_second", "utilisation"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if "loss" in line]
 
 
 def same_weights(one: Path, other: Path) -> bool:

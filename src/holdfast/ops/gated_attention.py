@@ -24,7 +24,7 @@ def gated_retained_attention(
     """Attention with the weights exp(scale·⟨q_i, k_j⟩ + log_gate_j·[i > j + window]) over what `visible_until` shows.
 
     The gradient of `log_gate` says what a key is worth to the queries beyond its window: Σ_{i > j + w} p_ij·⟨∂L/∂o_i,
-    v_j − o_i⟩ (docs/decisions/0010). With log_gate = 0 it is `retained_attention`.
+    v_j − o_i⟩ (docs/decisions/0012). With log_gate = 0 it is `retained_attention`.
 
     Args:
         q: [B, T, H, D]. k, v: [B, T, Hkv, D], one for each query; dtypes as in `retained_attention`.

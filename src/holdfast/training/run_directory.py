@@ -20,8 +20,10 @@ _PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_to
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
 _OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
-_FREE = ("max_steps", "log_every", "save_every", "eval_every", "keep_checkpoints", "workers", "parallel", "compile")
-_FREE += ("report_to", "peak_flops")
+_FREE = (
+    *("max_steps", "log_every", "save_every", "eval_every", "keep_checkpoints"),
+    *("workers", "parallel", "compile", "report_to", "peak_flops"),
+)
 _MAY_CHANGE = ("output.", "description", "training.gradient_checkpointing", *(f"training.{name}" for name in _FREE))
 
 

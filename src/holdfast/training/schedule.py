@@ -34,7 +34,7 @@ class RetentionSchedule:
     soft_gate: float = 0.0
     """Power of σ(logit) by which the weight of a visible pair is multiplied for queries beyond its window, at step 0.
     They then teach the scorer what the pair is worth to them, a dropped one too where exploration leaves it visible
-    (docs/decisions/0010). It falls as exploration does; at 0 the cut is hard, as in evaluation."""
+    (docs/decisions/0012). It falls as exploration does; at 0 the cut is hard, as in evaluation."""
     soft_gate_end: float = 0.5
     """Fraction of the run at which the soft gate, falling linearly, reaches 0."""
 
