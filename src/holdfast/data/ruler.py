@@ -12,6 +12,7 @@ NLTK, neither of which is needed here. Essays are the texts that the caller give
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import random
@@ -49,7 +50,7 @@ ONE = (
 )
 ONE_PREFIX = "The special magic {value} for {query} mentioned in the provided text is"
 RANDOM_DEPTHS = tuple(round(100 * step / 39) for step in range(40))
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]])) (?=[\"'(\[]?[A-Z0-9])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,11 @@ RULER_TASKS = {
 class Essays:
     """The words and sentences of texts, joined in order, for haystacks of any length.
 
+    Attributes:
+        sentences: the words of each.
+        words: how many there are.
+        sha256: of the text.
+
     Raises:
         ValueError: if there is no word in them.
     """
@@ -99,6 +105,7 @@ class Essays:
             raise ValueError("the haystack holds no text; give files with essays or other prose.")
         self.sentences = [sentence.split(" ") for sentence in SENTENCE_END.split(text)]
         self.words = sum(map(len, self.sentences))
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     def between(self, start: int, stop: int) -> list[str]:
         """The sentences of the words `start` to `stop` − 1, the first and the last cut off there. O(stop)."""

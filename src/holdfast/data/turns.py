@@ -10,9 +10,10 @@ due is one `Question`; the answers are the model's own and stay in the conversat
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from holdfast.data.needle import NeedleTask
@@ -130,6 +131,9 @@ class TurnScript(Protocol):
     def right(self, expected: str, given: str) -> bool:
         """Whether an answer is right."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that, with the seed, the conversations follow from."""
+
 
 class NeedleTurns:
     """Conversations in the tokens of the needle task, for models that were trained on it.
@@ -203,6 +207,11 @@ class NeedleTurns:
         """The one token is the value."""
         return given == expected
 
+    def to_dict(self) -> dict[str, Any]:
+        """See `TurnScript.to_dict`."""
+        own = {"turn_length": self.turn_length, "asides": self.asides}
+        return {"kind": "needle", **asdict(self.plan), **own, "task": asdict(self.task)}
+
 
 class TextTurns:
     """Conversations in text: RULER's sentences about magic numbers in noise or essays, and questions to complete.
@@ -240,10 +249,11 @@ class TextTurns:
         rng = random.Random(0)
         example = [(draw("words", rng), draw("numbers", rng)) for _ in range(plan.facts)]
         asked = f"{LINE_BREAK}{ASKED.format(key=example[0][0])}"
-        room = turn_length - plan.questions * (self._tokens(asked) + new_tokens)
+        introduction = self._tokens(INTRODUCTION) / plan.turns  # all turns give way to it
+        room = turn_length - plan.questions * (self._tokens(asked) + new_tokens) - math.ceil(introduction)
 
         def tokens(words: int) -> int:
-            return self._tokens(self._passage(example, 0, words, random.Random(0)))
+            return self._tokens(self._passage(example, 1, words, random.Random(0)))
 
         self._words, _ = units_that_fit(tokens, room, 32)
         if room < tokens(0):
@@ -279,6 +289,11 @@ class TextTurns:
     def right(self, expected: str, given: str) -> bool:
         """The number stands in the answer."""
         return expected in given
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `TurnScript.to_dict`."""
+        own = {name: getattr(self, name) for name in ("turn_length", "new_tokens", "asides")}
+        return {"kind": "text", **asdict(self.plan), **own, "haystack_sha256": self._essays.sha256}
 
     def _passage(self, facts: Sequence[tuple[str, str]], turn: int, words: int, rng: random.Random) -> str:
         """Facts at random places of the turn's words."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ class RulerSettings:
         samples: for each task, length and depth.
         new_tokens: tokens of an answer at the most.
         seed: of the samples.
-        essays: texts of the haystack of the tasks that have essays.
+        essays: haystack of the tasks that have essays.
 
     Raises:
         ValueError: a task is unknown, a number is out of range, or essays are missing.
@@ -47,7 +46,7 @@ class RulerSettings:
     samples: int = 10
     new_tokens: int = 128
     seed: int = 0
-    essays: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    essays: Essays | None = None
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in RULER_TASKS]:
@@ -58,18 +57,15 @@ class RulerSettings:
             raise ValueError("samples, new_tokens and lengths must be at least 1.")
         if not all(0 <= depth <= 100 for depth in self.depths):
             raise ValueError(f"depths are {self.depths}; give 0 to 100 percent.")
-        if (needs := [task for task in self.tasks if RULER_TASKS[task].haystack == "essays"]) and not self.essays:
+        if (needs := [task for task in self.tasks if RULER_TASKS[task].haystack == "essays"]) and self.essays is None:
             raise ValueError(f"{needs[0]} hides needles in essays; give text files as the haystack.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; a hash and a length stand for the essays."""
-        text = "\n".join(self.essays)
-        essays = {"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()} if text else None
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "essays": essays,
-        }
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        essays = None if self.essays is None else {"words": self.essays.words, "sha256": self.essays.sha256}
+        return {**plain, "essays": essays}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,10 +212,14 @@ def _samplers(
     settings: RulerSettings, tokenizer: Any, asked: Iterable[tuple[str, int]]
 ) -> dict[tuple[str, int], RulerSampler]:
     """A sampler for each task and length: made before anything is asked, to refuse then what does not fit."""
-    essays = Essays(settings.essays) if settings.essays else None
     return {
         (task, length): RulerSampler(
-            RULER_TASKS[task], tokenizer, length, essays=essays, new_tokens=settings.new_tokens, seed=settings.seed
+            RULER_TASKS[task],
+            tokenizer,
+            length,
+            essays=settings.essays,
+            new_tokens=settings.new_tokens,
+            seed=settings.seed,
         )
         for task, length in asked
     }
@@ -276,10 +276,11 @@ def _heat_map(axes: Any, cells: Sequence[RulerCell]) -> Any:
     depths = list(cells[0].by_depth)
     shares = np.array([[cell.by_depth[depth].accuracy for cell in cells] for depth in depths], dtype=float)
     axes.set_facecolor("0.8")
-    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if np.isfinite(share):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize="x-small")
+            colour = "white" if share < 0.6 else "black"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize="x-small", color=colour)
     axes.set_xticks(range(len(cells)), [f"{cell.length:,}" for cell in cells], fontsize="small")
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize="small")
     axes.set_xlabel("tokens")

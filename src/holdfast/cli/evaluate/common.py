@@ -87,20 +87,15 @@ def refuse_lengths(directories: Iterable[Path], tokens: int, beyond: bool) -> No
             check_length(HybridConfig.from_pretrained(directory), tokens, beyond=beyond, name=str(directory))
 
 
-def read_haystack(sources: Sequence[str]) -> tuple[str, ...]:
-    """The texts of files, directories or data sets on the hub, as `holdfast.data.text.load_text` reads them."""
+def read_haystack(sources: Sequence[str]) -> Essays | None:
+    """The texts of files, directories or data sets on the hub, as `load_text` reads them; None without any."""
+    from holdfast.data.ruler import Essays
     from holdfast.data.text import load_text
 
+    if not sources:
+        return None
     with usage_errors():
-        return tuple(text for source in sources for text in load_text(source) if isinstance(text, str))
-
-
-def essays_of(sources: Sequence[str]) -> Essays | None:
-    """The haystack of these sources; None without any."""
-    from holdfast.data.ruler import Essays
-
-    with usage_errors():
-        return Essays(read_haystack(sources)) if sources else None
+        return Essays([text for source in sources for text in load_text(source) if isinstance(text, str)])
 
 
 def check_picture(path: Path | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.table import Table
@@ -14,9 +14,9 @@ from holdfast.cli.common import format_bytes, output_console, read_model, read_t
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     check_picture,
-    essays_of,
     model_directories,
     open_log,
+    read_haystack,
     read_text_models,
     reads_text,
     refuse_lengths,
@@ -73,18 +73,19 @@ class Turns:
         check_picture(self.plot)
         with usage_errors():
             plan = TurnPlan(turns=self.turns, facts=self.facts, questions=self.questions)
-        settings = self._settings(self.turn_length or self._default_length(directories[0]))
-        scripts = self._scripts(directories, plan, settings["turn_length"])
+        turn_length = self.turn_length or self._default_length(directories[0])
+        scripts = self._scripts(directories, plan, turn_length)
         for directory, script in scripts.items():
             refuse_lengths([directory], script.length, self.beyond)
         names = shown_names(directories)
+        settings = {"seed": self.seed, "dtype": self.dtype}
         results = {
             names[directory]: evaluate_turns(
                 read_model(directory, self.dtype),
                 script,
                 conversations=self.conversations,
                 seed=self.seed,
-                log=open_log(self.json, "turns", directory, self._determining(directory, settings)),
+                log=open_log(self.json, "turns", directory, {**script.to_dict(), **settings}),
                 batch_size=self.batch_size,
                 beyond=self.beyond,
             )
@@ -92,8 +93,11 @@ class Turns:
         }
         _show(results)
         if self.json is not None:
-            models = {name: result.to_dict() for name, result in results.items()}
-            write_results(self.json, "turns", {**settings, "conversations": self.conversations}, models)
+            models = {
+                names[directory]: {"script": script.to_dict(), **results[names[directory]].to_dict()}
+                for directory, script in scripts.items()
+            }
+            write_results(self.json, "turns", settings, models)
         if self.plot is not None:
             plot_turns(results, self.plot)
 
@@ -104,7 +108,7 @@ class Turns:
         if self.haystack and len(in_text) < len(directories):
             raise UsageError("--haystack is text, which some of the models cannot read; leave it out.")
         tokenizers = read_text_models(in_text)
-        essays = essays_of(self.haystack)
+        essays = read_haystack(self.haystack)
         scripts: dict[Path, TurnScript] = {}
         for directory in directories:
             with usage_errors():
@@ -119,16 +123,6 @@ class Turns:
         from holdfast.configuration import HybridConfig
 
         return (HybridConfig.from_pretrained(directory).max_position_embeddings - 1) // self.turns
-
-    def _settings(self, turn_length: int) -> dict[str, Any]:
-        names = ("turns", "facts", "questions", "asides", "seed", "dtype")
-        haystack = [Path(source).name for source in self.haystack]
-        return {name: getattr(self, name) for name in names} | {"turn_length": turn_length, "haystack": haystack}
-
-    def _determining(self, directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What the answers follow from: of a model of the needle task also that."""
-        task = None if reads_text(directory) else dataclasses.asdict(read_task(directory))
-        return {**settings, "task": task}
 
 
 def _show(results: Mapping[str, TurnsResult]) -> None:
