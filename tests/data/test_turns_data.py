@@ -85,8 +85,8 @@ def test_text_turns() -> None:
         assert told[question.key] == (question.expected, question.turn - question.back)
         lengths[question.turn] += len(question.told) + len(question.asked) + script.new_tokens
     assert len(told) == 12
-    assert all(540 < lengths[turn] < 610 + 110 * (turn == 0) for turn in lengths)  # keys differ in length
-    assert sum(lengths.values()) == pytest.approx(script.length, rel=0.05)
+    assert all(480 < lengths[turn] <= 600 + 110 * (turn == 0) for turn in lengths)  # keys differ in length
+    assert 0.85 * script.length < sum(lengths.values()) <= script.length
     # What stands between the facts goes on from turn to turn.
     filler = [re.sub(r"One of the special magic numbers.*?\d\. ?", "", script.describe(q.told)) for q in questions[::2]]
     words = " ".join(part.split("quiz you about the numbers.")[-1].strip() for part in filler).split()

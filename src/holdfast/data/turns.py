@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from holdfast.data.key_words import ADJECTIVES, NOUNS
 from holdfast.data.needle import NeedleTask
 from holdfast.data.ruler import NEEDLE, NOISE, Essays, draw, units_that_fit
 
@@ -108,7 +109,7 @@ class TurnScript(Protocol):
     """What `holdfast.evaluation.turns.evaluate_turns` asks of a kind of conversation.
 
     Attributes:
-        length: tokens of a conversation, answers included; of text about so many.
+        length: tokens of a conversation at the most, answers included.
         vocab_size: token ids that it may use.
         new_tokens: tokens of an answer at the most.
         asides: every question is asked aside: the conversation goes on as if it had not been (see
@@ -219,7 +220,8 @@ class TextTurns:
     Args:
         plan: turns, facts told and facts asked for.
         tokenizer: of the model.
-        turn_length: tokens of a turn, questions and room for the answers included.
+        turn_length: tokens of a turn at the most, questions and room for the answers included; the introduction of the
+            first is made up for by all.
         essays: what stands between the facts, going on from turn to turn; None: RULER's noise.
         new_tokens: tokens of an answer at the most; it also ends at a line break.
         asides: see `TurnScript`.
@@ -246,9 +248,9 @@ class TextTurns:
         self.new_tokens = new_tokens
         self.asides = asides
         self._essays = Essays([NOISE]) if essays is None else essays
-        rng = random.Random(0)
-        example = [(draw("words", rng), draw("numbers", rng)) for _ in range(plan.facts)]
-        asked = f"{LINE_BREAK}{ASKED.format(key=example[0][0])}"
+        longest = "-".join(max(words, key=self._tokens) for words in (ADJECTIVES, NOUNS))
+        example = [(longest, "1234567")] * plan.facts
+        asked = f"{LINE_BREAK}{ASKED.format(key=longest)}"
         introduction = self._tokens(INTRODUCTION) / plan.turns  # all turns give way to it
         room = turn_length - plan.questions * (self._tokens(asked) + new_tokens) - math.ceil(introduction)
 

@@ -33,8 +33,8 @@ class TurnsResult:
         by_turn: questions by the turn that asks, from 0.
         conversations: how many were held.
         tokens_said: mean length of a conversation in tokens, answers included; what was said aside does not count.
-        tokens_read: mean number of tokens that the model was called with: less than `tokens_said` by the last answered
-            token, which nothing follows.
+        tokens_read: mean number of these that the model was called with: all, but for the last token answered where
+            nothing follows it.
         cache_bytes: of one conversation at its end.
         resumed: conversations that came from the log.
     """
