@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from holdfast.data import ruler
 from holdfast.data.key_words import ADJECTIVES, NOUNS
 from holdfast.data.ruler import NOISE, RULER_TASKS, Essays, RulerSample, RulerSampler, RulerTask, units_that_fit
 from holdfast.data.text import byte_tokenizer, train_tokenizer
@@ -119,6 +120,16 @@ def test_samples_follow_from_depth_index_and_seed_alone() -> None:
     assert first.sample(20, 1) == second.sample(20, 1)
     others = [second.sample(20, 2), second.sample(30, 1), sampler("niah_multiquery", seed=1).sample(20, 1)]
     assert len({first.sample(20, 1).answers, *(other.answers for other in others)}) == 4
+
+
+def test_no_other_needle_has_the_key_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ruler, "ADJECTIVES", ("red", "blue"))
+    monkeypatch.setattr(ruler, "NOUNS", ("sea", "sky", "hat"))
+    for name in ("niah_multikey_1", "niah_multikey_2"):
+        sample = sampler(name).sample(40, 0)
+        keys = [key for _, key, _ in TOLD.findall(context(sample) + "\n")]
+        assert keys.count(re.search(r"for (\S+) mentioned", sample.prefix)[1]) == 1
+        assert len(keys) > 4 or len(set(keys)) == 4
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -107,6 +107,18 @@ def test_what_is_said_aside_is_forgotten(small_model: Model, mixer: str) -> None
     assert again.answer(4) == aside
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bf16(small_model: Model, mixer: str) -> None:
+    model = small_model("gated_deltanet", mixer).bfloat16()
+    talk, single = Conversation(model), Conversation(model)
+    rows = random_turns(2)[3]
+    talk.read(rows)
+    single.read(rows[:1])
+    torch.testing.assert_close(talk._logits[:1], single._logits, rtol=0.05, atol=0.05)  # beside others, with pads
+    assert all(len(answer) == 4 for answer in talk.answer(4))
+    assert all(layer.nbytes > 0 for layer in talk.cache.layers)
+
+
 def test_wrong_use_is_refused(small_model: Model) -> None:
     talk = Conversation(small_model("gated_deltanet"))
     with pytest.raises(ValueError, match="nothing to answer; read the next turn first"):

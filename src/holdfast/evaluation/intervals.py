@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Share", "wilson_interval"]
+__all__ = ["Share", "draw_shares", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Share:
     def from_dict(cls, data: Mapping[str, Any]) -> Share:
         """Inverse of `to_dict`."""
         return cls(count=data["count"], correct=data["correct"])
+
+
+def draw_shares(axes: Any, x: Sequence[float], shares: Sequence[Share], label: str) -> None:
+    """Draw accuracies into matplotlib's `axes` as a line over `x`, their 95 % intervals as a band around it.
+
+    Every share has answers.
+    """
+    low, high = zip(*(share.interval or (0.0, 1.0) for share in shares), strict=True)
+    (line,) = axes.plot(x, [share.accuracy for share in shares], marker="o", markersize=4, label=label)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
-from holdfast.evaluation.intervals import Share
+from holdfast.evaluation.intervals import Share, draw_shares
 from holdfast.pictures import picture
 
 __all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance"]
@@ -180,10 +180,7 @@ def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | P
         for name, result in results.items():
             asked = [part for part in result.bins if part.tally.count]
             middle = [(part.low + part.high) / 2 for part in asked]
-            low, high = np.array([part.tally.interval for part in asked]).T
-            share = np.array([part.tally.accuracy for part in asked])
-            (line,) = axes.plot(middle, share, marker="o", markersize=4, label=name)
-            axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            draw_shares(axes, middle, [part.tally for part in asked], name)
         for window in sorted({result.task.window for result in results.values()}):
             axes.axvline(window + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"window {window}")
         for chance in sorted({1 / result.task.num_values for result in results.values()}):

@@ -15,7 +15,7 @@ from holdfast.data.progress import track
 from holdfast.data.turns import Question, TurnScript
 from holdfast.evaluation.conversation import Conversation, line_break_tokens
 from holdfast.evaluation.inference import evaluating
-from holdfast.evaluation.intervals import Share
+from holdfast.evaluation.intervals import Share, draw_shares
 from holdfast.evaluation.limits import check_length
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
@@ -117,11 +117,7 @@ def plot_turns(results: Mapping[str, TurnsResult], path: str | Path) -> Path:
     with picture(path, (7, 4)) as figure:
         axes = figure.add_subplot()
         for name, result in results.items():
-            back = list(result.by_back)
-            low, high = np.array([share.interval for share in result.by_back.values()]).T
-            shares = np.array([share.accuracy for share in result.by_back.values()])
-            (line,) = axes.plot(back, shares, marker="o", markersize=4, label=name)
-            axes.fill_between(back, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            draw_shares(axes, list(result.by_back), list(result.by_back.values()), name)
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("turns between fact and question")
