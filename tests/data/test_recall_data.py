@@ -68,7 +68,7 @@ def test_rows_are_stripped_and_those_without_an_answer_left_out(tmp_path: Path, 
     if ending == "parquet":
         Dataset.from_list(ROWS).to_parquet(str(path))
     else:
-        path.write_text("\n".join(map(json.dumps, ROWS)))
+        path.write_text(json.dumps(ROWS) if ending == "json" else "\n".join(map(json.dumps, ROWS)))
     assert load_recall(task, path) == [
         RecallSample("The device is a pump.\nProduct code:", ("ABC",)),
         RecallSample("It weighs 3 kg. Weight:", ("3 kg",)),
@@ -94,6 +94,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'text'"):
         load_recall("fda", other)
     other.write_text('{"text": "?"}\n')
+    with pytest.raises(ValueError, match="no column 'value'"):
+        load_recall("fda", other)
+    other.write_text('{"text": "?", "value": "!"}\n{"text": "?", "value": 3}\n')
     with pytest.raises(ValueError, match="a row without a text or a value"):
         load_recall("fda", other)
     other.write_text("no json\n")

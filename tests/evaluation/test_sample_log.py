@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.evaluation.sample_log import SampleLog, fingerprint
+from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
 
 
 def test_answers_are_found_again(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_fingerprint_tells_models_apart_wherever_they_are(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(weights)
         (tmp_path / name / "config.json").write_text(config)
-        return fingerprint(tmp_path / name)
+        return model_fingerprint(tmp_path / name)
 
     large = bytes(3 << 20)
     same = [save("a", large), save("b", large)]

@@ -68,9 +68,8 @@ def load_recall(task: str, source: str | Path | None = None, *, limit: int | Non
 
 def _rows(source: str) -> Iterator[RecallSample]:
     """Samples from columns `text` and `value`; rows in which one of them is empty are left out."""
-    documents = load_text(source, split="validation", text_column="text")
-    for row in documents.dataset:
-        text, value = row.get("text"), row.get("value")
+    texts, values = (load_text(source, split="validation", text_column=column) for column in ("text", "value"))
+    for text, value in zip(texts, values, strict=True):
         if not isinstance(text, str) or not isinstance(value, str):
             raise ValueError(f"{source} has a row without a text or a value; both columns must hold text.")
         if text.strip() and value.strip():

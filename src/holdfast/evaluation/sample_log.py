@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SampleLog", "fingerprint"]
+__all__ = ["SampleLog", "model_fingerprint"]
 
 PROBE = 1 << 20  # bytes read at each end of a file of weights: training changes all of them
 
@@ -22,7 +22,7 @@ class SampleLog:
 
     Args:
         path: the file; made when the first record comes. None: nothing is read or kept.
-        determines: plain values that the answers follow from, such as the settings and `fingerprint` of the model.
+        determines: plain values that the answers follow from, such as the settings and the `model_fingerprint`.
 
     Attributes:
         records: what this run has answered so far, by sample.
@@ -64,7 +64,7 @@ class SampleLog:
             file.truncate(whole)
 
 
-def fingerprint(directory: str | os.PathLike[str]) -> str:
+def model_fingerprint(directory: str | os.PathLike[str]) -> str:
     """A hash that tells the model saved in `directory` from others, wherever it is copied to.
 
     It reads the configuration, the tokenizer, and the ends of the files of weights: as fast for large models as for

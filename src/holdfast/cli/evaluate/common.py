@@ -106,10 +106,10 @@ def check_picture(path: Path | None) -> None:
 
 def open_log(json: Path | None, evaluation: str, directory: Path, settings: Mapping[str, Any]) -> SampleLog:
     """The log of answers of a model, beside the file of results; without that file nothing is kept."""
-    from holdfast.evaluation.sample_log import SampleLog, fingerprint
+    from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
 
     path = None if json is None else json.with_suffix(".samples.jsonl")
-    log = SampleLog(path, {"evaluation": evaluation, "model": fingerprint(directory), **settings})
+    log = SampleLog(path, {"evaluation": evaluation, "model": model_fingerprint(directory), **settings})
     if log.records:
         error_console().print(f"{directory}: going on after {len(log.records):,} answers in {path}.", soft_wrap=True)
     return log
