@@ -99,6 +99,6 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     other.write_text('{"text": "?", "value": "!"}\n{"text": "?", "value": 3}\n')
     with pytest.raises(ValueError, match="a row without a text or a value"):
         load_recall("fda", other)
-    other.write_text("no json\n")
-    with pytest.raises(ValueError, match=r"cannot read .*other\.jsonl"):
-        load_recall("swde", other)
+    (tmp_path / "other.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*other\.parquet"):
+        load_recall("swde", tmp_path / "other.parquet")
