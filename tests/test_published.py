@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_are_named(published: Path, change: Callable[...
         ({"attn__routing_method": "softmax"}, "routing_method = 'softmax'"),
         ({"attn__routing_grad": False}, "routing_grad = False"),
         ({"attn__routing_shared": "all"}, "routing_shared = 'all': it is not known where"),
-        ({"attn__routing_shared": "some"}, "scorer_sharing must be 'head', 'layer' or 'all', got 'some'"),
+        ({"attn__routing_shared": "some"}, "scorer_sharing must be one of 'head', 'layer', 'all', got 'some'"),
         ({"attn__attn_type": "mamba"}, "attn_type 'mamba' is not known"),
         (
             {"attn__attn_type": "nsa", "attn__block_counts": 0},

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import tyro
 
+from holdfast.settings import from_mapping, to_toml
 from holdfast.training import SettingsError, list_recipes, load_recipe
 from holdfast.training.overrides import override
 from holdfast.training.recipe import NeedleData, Recipe, TextData
-from holdfast.training.settings import from_mapping, to_toml
 
 MINIMAL = """
 [model]

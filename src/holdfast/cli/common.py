@@ -61,8 +61,8 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         UsageError: if there is none, or it is wrong.
     """
+    from holdfast.settings import SettingsError
     from holdfast.training.recipe import load_recipe
-    from holdfast.training.settings import SettingsError
 
     try:
         return load_recipe(name)

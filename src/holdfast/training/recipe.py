@@ -22,9 +22,9 @@ import tyro
 
 from holdfast.configuration import HybridConfig
 from holdfast.data.needle import NeedleTask
+from holdfast.settings import SettingsError, from_mapping, suggest
 from holdfast.training.controller import ControllerConfig
 from holdfast.training.schedule import RetentionSchedule
-from holdfast.training.settings import SettingsError, from_mapping, suggest
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from holdfast.configuration import AUTO_FILE
 from holdfast.files import write_text
+from holdfast.settings import to_toml
 from holdfast.training.checkpointing import checkpoints
 from holdfast.training.recipe import Recipe, load_recipe
-from holdfast.training.settings import to_toml
 
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 # Found alone, these say that a run was prepared and never trained a step.
