@@ -1,5 +1,6 @@
 """`holdfast evaluate needle`, `recall` and `turns`: what they write, where they go on, and how they refuse."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
+from holdfast.settings import to_toml
+from holdfast.training.recipe import NeedleData, load_recipe
 
 Answer = Callable[[Conversation, int, Any], list[list[int]]]
 NEEDLE = ("--length", "500", "--depths", "0", "100", "--samples", "2", "--new-tokens", "8", "--batch-size", "3")
@@ -25,6 +28,8 @@ def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pyte
         model.save_pretrained(folder / name)
         if name != "tokens":
             byte_tokenizer().save_pretrained(folder / name)
+    recipe = dataclasses.replace(load_recipe("needle-gdn"), data=NeedleData())
+    (folder / "tokens" / "recipe.toml").write_text(to_toml(recipe))
     return folder
 
 
@@ -203,3 +208,35 @@ def test_another_file_is_not_taken_for_a_log(models: Path, squad: Path, tmp_path
     argv = ["evaluate", *commands(models, squad)["recall"], "--json", str(tmp_path / "r.json")]
     assert main(argv) != 0
     assert (tmp_path / "r.samples.jsonl").read_text() == '{"text": "precious"}\n'
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "error"),
+    [
+        ("needle", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("scorers", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("turns", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("needle", ["--samples", "0"], "--samples is 0; give at least 1."),
+        ("needle", ["--length", "64", "-1"], "--length is -1; give at least 1."),
+        ("scorers", ["--samples", "0"], "--samples is 0; give at least 1."),
+        ("scorers", ["--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--bins", "0"], "--bins is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--batch-size", "0"], "--batch-size is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
+        ("recall", ["--limit", "0"], "--limit is 0; give at least 1."),
+        ("turns", ["--conversations", "0"], "--conversations is 0; give at least 1."),
+    ],
+)  # fmt: skip
+def test_options_are_checked_before_a_model_is_read(
+    command: str, options: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error in refused(capsys, command, "nowhere", *options)
+
+
+def test_a_model_without_a_needle_recipe_is_not_given_a_task_of_another(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("gated_deltanet").save_pretrained(tmp_path / "m")
+    assert "has no recipe.toml, which says what needle task" in refused(capsys, "needle", str(tmp_path / "m"))
+    (tmp_path / "m" / "recipe.toml").write_text(to_toml(load_recipe("books-lalte")))
+    assert "was trained on text, as its recipe.toml says" in refused(capsys, "turns", str(tmp_path / "m"))

@@ -78,6 +78,8 @@ def test_pickles_are_refused_unless_asked_for(published: Path) -> None:
     (published / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"only pickled weights \(pytorch_model.bin.*use_safetensors=False"):
         HybridForCausalLM.from_pretrained(published)
+    with pytest.raises(OSError, match="only pickled weights"):
+        HybridForCausalLM.from_pretrained(published, use_safetensors=None)
     assert_lte_stream(HybridForCausalLM.from_pretrained(published, use_safetensors=False))
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
     "kernels": "Compile every shipped Triton kernel ahead of time, and show registers, spills and shared memory.",
     "bench": "Measure time and memory beside other implementations, and draw the results.",
-    "demo": "Train four small models on this machine and compare what they remember.",
+    "demo": "Train five small models on this machine and compare what they remember.",
 }
 
 USAGE = """\

@@ -100,8 +100,21 @@ def read_haystack(sources: Sequence[str]) -> Essays | None:
 
 def check_picture(path: Path | None) -> None:
     """Refuse before anything is measured a picture that could not be drawn afterwards."""
-    if path is not None and path.suffix not in PICTURES:
+    if path is not None and path.suffix.lower() not in PICTURES:
         raise UsageError(f"--plot is {path}; give a file that ends in {', '.join(PICTURES)}.")
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Refuse numbers below 1 among the options `names`; one that is None, or a tuple, is checked for what it holds.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {number}; give at least 1.")
 
 
 def open_log(json: Path | None, evaluation: str, directory: Path, settings: Mapping[str, Any]) -> SampleLog:

@@ -20,6 +20,7 @@ from holdfast.cli.evaluate.common import (
     read_text_models,
     reads_text,
     refuse_lengths,
+    require_positive,
     show_share,
     shown_names,
     usage_errors,
@@ -45,6 +46,9 @@ class TextOptions:
     """Where the needle lies, in percent of the haystack."""
     new_tokens: int = 128
     """Tokens of an answer at the most; the haystack leaves room for them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ class Needle:
     plot: Path | None = None
     """Draw into this file (png, svg or pdf) a heat map for text, accuracy by distance for the needle task."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "length", "samples", "batch_size")
+        check_picture(self.plot)
+
     def run(self) -> None:
         """Evaluate, and show a table."""
         directories = model_directories(self.models, "needle")
-        check_picture(self.plot)
         kinds = {reads_text(directory) for directory in directories}
         if len(kinds) > 1:
             raise UsageError("Some of the models read text and some do not; evaluate them in two calls.")

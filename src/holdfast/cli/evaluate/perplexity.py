@@ -11,6 +11,7 @@ from rich.table import Table
 
 from holdfast.cli.common import model_directory, output_console, read_model
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import require_positive
 from holdfast.files import write_json
 
 
@@ -38,14 +39,17 @@ class Perplexity:
     json: Path | None = None
     """Write all numbers to this file."""
 
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
+        require_positive(self, "batch_size", "max_blocks", "bins")
+
     def run(self) -> None:
         """Evaluate, and show a table."""
         from holdfast.data.text import PackedText, is_prepared, load_text, load_tokenizer, open_prepared
         from holdfast.data.tokenizers import fingerprint
         from holdfast.evaluation.perplexity import evaluate_perplexity
 
-        if self.length < 2:
-            raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         directory = model_directory(self.model)
         tokenizer = load_tokenizer(directory)
         if is_prepared(self.data):

@@ -17,6 +17,7 @@ from holdfast.cli.evaluate.common import (
     open_log,
     read_text_models,
     refuse_lengths,
+    require_positive,
     show_share,
     shown_names,
     usage_errors,
@@ -49,6 +50,9 @@ class Recall:
     json: Path | None = None
     """Write all numbers to this file, and every continuation to FILE.samples.jsonl, where a run that was interrupted
     goes on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "limit", "new_tokens", "batch_size")
 
     def run(self) -> None:
         """Evaluate, and show a table."""

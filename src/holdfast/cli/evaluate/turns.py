@@ -20,6 +20,7 @@ from holdfast.cli.evaluate.common import (
     read_text_models,
     reads_text,
     refuse_lengths,
+    require_positive,
     show_share,
     shown_names,
     usage_errors,
@@ -64,13 +65,16 @@ class Turns:
     plot: Path | None = None
     """Draw accuracy by turns back into this file (png, svg or pdf)."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "turns", "facts", "questions", "turn_length", "conversations", "batch_size")
+        check_picture(self.plot)
+
     def run(self) -> None:
         """Evaluate, and show a table."""
         from holdfast.data.turns import TurnPlan
         from holdfast.evaluation.turns import evaluate_turns, plot_turns
 
         directories = model_directories(self.models, "turns")
-        check_picture(self.plot)
         with usage_errors():
             plan = TurnPlan(turns=self.turns, facts=self.facts, questions=self.questions)
         turn_length = self.turn_length or self._default_length(directories[0])
