@@ -16,8 +16,8 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
     Args:
         load: the bound `PreTrainedModel.from_pretrained`.
         source: directory or hub id.
-        use_safetensors: True by default, and where it is None; False also reads pickled weights (`pytorch_model.bin`), which can run code
-            of whoever made them.
+        use_safetensors: True by default, and where it is None; False also reads pickled weights
+            (`pytorch_model.bin`), which can run code of whoever made them.
         strict: True by default; False accepts weights that are missing (initialised anew) or left over.
         ignore_mismatched_sizes: False by default; True initialises weights of the wrong shape anew.
 

@@ -382,7 +382,7 @@ def test_what_looks_like_a_prepared_run_is_not_taken_over(tmp_path):
     with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
         claim(directory, recipe, resume=False)
     (directory / "recipe.toml").write_text(to_toml(replace(recipe, training=replace(recipe.training, seed=99))))
-    with pytest.raises(RunDirectoryError, match="was started with training.seed = 99"):
+    with pytest.raises(RunDirectoryError, match=r"was started with training\.seed = 99"):
         claim(directory, recipe, resume=False)
     assert (directory / "tokenizer.json").read_text() == "mine"
     claim(directory, replace(recipe, output=replace(recipe.output, overwrite=True)), resume=False)
