@@ -5,7 +5,6 @@ alone, and those of lower precision are compared where all blocks are read, or w
 """
 
 import functools
-from typing import Any
 
 import pytest
 import torch
