@@ -39,7 +39,9 @@ def make_recipe(directory, name="run", **training) -> Recipe:
     return Recipe(
         name=name,
         model=MODEL,
-        training=TrainingSection(**(settings | {"save_every": 3, "warmup_steps": 2} | training)),
+        training=TrainingSection(
+            **(settings | {"save_every": 3, "warmup_steps": min(2, training.get("max_steps", 8))} | training)
+        ),
         data=NeedleData(task=TASK, curriculum=((0, 1, TASK.length), (4, 3, TASK.length)), eval_samples=4),
         controller=ControllerConfig(initial=1e-2, minimum=1e-3, interval=2),
         retention=RetentionSchedule(scorer_freeze_steps=2, exploration=0.5, exploration_end=1.0),
