@@ -5,7 +5,6 @@ Tolerance (fp32): 1e-4 on logits of standard deviation 0.9. Budgets are small, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from holdfast import HybridCache, HybridForCausalLM
+from passes import STACKS, ModelFactory, assert_equal_logits, in_chunks, one_pass, random_ids
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-ModelFactory = Callable[..., HybridForCausalLM]
-
-STACKS = [
-    ("gated_deltanet",),
-    ("full_attention",),
-    ("sliding_attention",),
-    ("learned_eviction",),
-    ("gated_deltanet", "learned_eviction"),
-    ("native_sparse_attention",),
-    ("learned_eviction", "learned_eviction"),
-    ("gated_deltanet", "native_sparse_attention"),
-    ("native_sparse_attention", "native_sparse_attention"),
-    ("gated_deltanet", "full_attention", "sliding_attention", "native_sparse_attention", "learned_eviction"),
-]
-ATOL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -86,12 +71,6 @@ def cases(draw: st.DrawFn, stacks: list[tuple[str, ...]] = STACKS) -> Case:
     return Case(draw(st.sampled_from(stacks)), options, draw(st.integers(0, 99)))
 
 
-def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
-    """No token twice in a row: equal pairs would have equal scores, whose order is a matter of rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(100, generator=generator)[:length] for _ in range(batch)])
-
-
 def assume_clear_decisions(model: HybridForCausalLM, ids: Tensor) -> None:
     """Leave out the rare model in which rounding decides: two scores, or a score and 0, or two blocks' importance are
     so near."""
@@ -108,23 +87,6 @@ def assume_clear_decisions(model: HybridForCausalLM, ids: Tensor) -> None:
         assume(with_zero.sort(dim=1).values.diff(dim=1).min() > 2e-6)
 
 
-def one_pass(model: HybridForCausalLM, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def in_chunks(model: HybridForCausalLM, ids: Tensor, lengths: list[int], cache: HybridCache | None = None) -> Tensor:
-    """Logits of `ids`, given to the model in chunks of these lengths (the last one takes what is left)."""
-    cache = HybridCache(model.config) if cache is None else cache
-    pieces, start = [], 0
-    with torch.no_grad():
-        for length in [*lengths, ids.shape[1]]:
-            if start < ids.shape[1]:
-                pieces.append(model(ids[:, start : start + length], past_key_values=cache).logits)
-                start += length
-    return torch.cat(pieces, dim=1)
-
-
 def gradients(model: HybridForCausalLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -134,10 +96,6 @@ def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-6, name
-
-
-def assert_equal_logits(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
 
 
 @given(
@@ -344,69 +302,3 @@ def test_selected_and_repeated_rows_go_on_as_they_would_alone(
     cache.batch_repeat_interleave(2)
     twice = torch.arange(3).repeat_interleave(2)
     assert_equal_logits(in_chunks(model, ids[twice, first:], [1, 4], cache), expected[twice])
-
-
-@pytest.mark.parametrize("stack", STACKS, ids="+".join)
-def test_training_mode_without_dropout_streams_like_evaluation(
-    small_model: ModelFactory, stack: tuple[str, ...]
-) -> None:
-    """With a cache the budget holds in training mode too: a model in training can generate."""
-    model, ids = small_model(*stack), random_ids(2, 40)
-    expected = one_pass(model, ids)
-    model.train()
-    assert_equal_logits(in_chunks(model, ids, [7, 1, 1, 12, 1]), expected)
-
-
-def test_training_mode_keeps_every_pair_with_a_positive_score(small_model: ModelFactory) -> None:
-    """What training sees is evaluation with a budget that never binds; with eviction off, it is full attention."""
-    model, roomy = (small_model("learned_eviction", options={"learned_eviction": {"budget": b}}) for b in (5, 60))
-    ids = random_ids(2, 40)
-    enforced, expected = one_pass(model, ids), one_pass(roomy, ids)
-    assert (enforced - expected).abs().max() > 0.05  # the budget binds
-    model.train()
-    assert_equal_logits(one_pass(model, ids), expected)
-    model.model.eviction_layers()[0].eviction = False
-    full = small_model("full_attention")
-    full.load_state_dict(model.state_dict(), strict=False)
-    assert_equal_logits(one_pass(model, ids), one_pass(full, ids))
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_exploration_shows_dropped_pairs(small_model: ModelFactory, share: float) -> None:
-    model = small_model("learned_eviction").train()
-    ids = random_ids(2, 40)
-    evicting = one_pass(model, ids)
-    layer = model.model.eviction_layers()[0]
-    layer.exploration = share
-    explored = one_pass(model, ids)
-    layer.eviction = False
-    assert_equal_logits(explored, one_pass(model, ids) if share else evicting)
-
-
-@pytest.mark.parametrize("stack", STACKS, ids="+".join)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_is_finite_and_near(small_model: ModelFactory, stack: tuple[str, ...], autocast: bool) -> None:
-    """Scorers keep everything here: at a score near 0, rounding may rightly decide otherwise."""
-    model = small_model(*stack)
-    for layer in model.model.eviction_layers():
-        layer.router.conv_stack.proj.bias.data += 40
-    ids = random_ids(2, 9)
-    expected = one_pass(model, ids)
-    if not autocast:
-        model.to(torch.bfloat16)
-    cache = HybridCache(model.config)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        whole, chunks = one_pass(model, ids), in_chunks(model, ids, [3, 4, 1], cache)
-    assert whole.dtype == chunks.dtype == torch.bfloat16
-    assert cache.nbytes == HybridCache.bytes_for(model.config, 2, torch.bfloat16, tokens=9)
-    for logits in (whole, chunks):
-        assert logits.isfinite().all()
-        assert (logits - expected).square().mean().sqrt() < 0.06 * expected.std()
-
-
-def test_bfloat16_gradients_are_finite(small_model: ModelFactory) -> None:
-    model = small_model(*STACKS[-1]).to(torch.bfloat16).train()
-    ids, mask = random_ids(2, 33), torch.ones(2, 33)
-    mask[1, :9] = 0
-    model(ids, attention_mask=mask, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

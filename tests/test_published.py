@@ -78,6 +78,8 @@ def test_pickles_are_refused_unless_asked_for(published: Path) -> None:
     (published / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"only pickled weights \(pytorch_model.bin.*use_safetensors=False"):
         HybridForCausalLM.from_pretrained(published)
+    with pytest.raises(OSError, match="only pickled weights"):
+        HybridForCausalLM.from_pretrained(published, use_safetensors=None)
     assert_lte_stream(HybridForCausalLM.from_pretrained(published, use_safetensors=False))
 
 
@@ -109,7 +111,7 @@ def test_weights_that_do_not_fit_are_named(published: Path, change: Callable[...
         ({"attn__routing_method": "softmax"}, "routing_method = 'softmax'"),
         ({"attn__routing_grad": False}, "routing_grad = False"),
         ({"attn__routing_shared": "all"}, "routing_shared = 'all': it is not known where"),
-        ({"attn__routing_shared": "some"}, "scorer_sharing must be 'head', 'layer' or 'all', got 'some'"),
+        ({"attn__routing_shared": "some"}, "scorer_sharing must be one of 'head', 'layer', 'all', got 'some'"),
         ({"attn__attn_type": "mamba"}, "attn_type 'mamba' is not known"),
         (
             {"attn__attn_type": "nsa", "attn__block_counts": 0},

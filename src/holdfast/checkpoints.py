@@ -64,7 +64,7 @@ def convert(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; choose another target or pass overwrite=True")
     folder = _local_folder(source, allow_pickle)
-    use_safetensors = None if allow_pickle else True  # None: whichever is there
+    use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None
     target.parent.mkdir(parents=True, exist_ok=True)

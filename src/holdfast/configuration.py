@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import difflib
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from transformers import PreTrainedConfig
 from holdfast.files import replacing
 from holdfast.mixers import MIXERS, MixerOptions
 from holdfast.published import PUBLISHED_TYPES, from_published
+from holdfast.settings import from_mapping
 
 DEFAULT_MIXERS = ["gated_deltanet", "learned_eviction"]
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -58,6 +62,10 @@ class HybridConfig(PreTrainedConfig):
         scale_residual_init: scale the output maps of each block down by √(2 · num_hidden_layers).
         max_position_embeddings: the length the model was trained at (a note; nothing limits it).
         controller: settings of the budget controller in training (`holdfast.training.ControllerConfig`).
+
+    Raises:
+        ValueError: naming the setting that is misspelt, out of range or of the wrong type. Names that are not close to
+            one of these go to transformers, which keeps them as they are.
     """
 
     model_type = "holdfast"
@@ -81,6 +89,10 @@ class HybridConfig(PreTrainedConfig):
     controller: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misspelt(kwargs)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            if isinstance(size := getattr(self, name), int) and size < 1:  # other types are refused by `strict`
+                raise ValueError(f"{name} must be at least 1, got {size}")
         self.mixers = self._expand(self.mixers or DEFAULT_MIXERS)
         given = self.mixer_options or {}
         if unused := sorted(set(given) - set(self.mixers)):
@@ -91,7 +103,7 @@ class HybridConfig(PreTrainedConfig):
             name: self._resolve(name, given.get(name, DEFAULT_OPTIONS.get(name, {})))
             for name in dict.fromkeys(self.mixers)
         }
-        self.controller = dict(self.controller or {})
+        self.controller = _checked_controller(self.controller or {})
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-int(self.hidden_size * 4 * 2 / 3) // 256)
         super().__post_init__(**kwargs)
@@ -102,6 +114,8 @@ class HybridConfig(PreTrainedConfig):
         return MIXERS[name].Options.from_mapping(name, self.mixer_options[name])
 
     def _expand(self, mixers: list[str]) -> list[str]:
+        if not isinstance(mixers, list | tuple) or not all(isinstance(name, str) for name in mixers):
+            raise ValueError(f"mixers must be a list of names, such as {DEFAULT_MIXERS}; got {mixers!r}")
         if unknown := sorted(set(mixers) - set(MIXERS)):
             raise ValueError(f"no mixer is named {', '.join(unknown)}; there are {', '.join(MIXERS)}")
         if self.num_hidden_layers % len(mixers):
@@ -121,16 +135,20 @@ class HybridConfig(PreTrainedConfig):
         resolved = dataclasses.asdict(options)  # type: ignore[call-overload]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in resolved.items()}
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Write `config.json`, and beside it the few lines by which the Auto classes find this package."""
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `config.json`, and beside it the few lines by which the Auto classes find this package.
+
+        `save_pretrained` calls this after it has noted what lies in the directory, so that both files are uploaded.
+        """
         module = AUTO_FILE.removesuffix(".py")
-        self.auto_map = {
+        written = copy.copy(self)
+        written.auto_map = {
             "AutoConfig": f"{module}.HybridConfig",
             "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
         }
-        with replacing(Path(save_directory) / AUTO_FILE) as temporary:
+        with replacing(Path(json_file_path).parent / AUTO_FILE) as temporary:
             temporary.write_text(AUTO_CODE, encoding="utf-8")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        super(HybridConfig, written).to_json_file(json_file_path, use_diff)
 
     @classmethod
     def register_for_auto_class(cls, *_: Any, **__: Any) -> None:
@@ -144,9 +162,64 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration from a dictionary in this or the published format."""
-        return super().from_dict(_translate(config_dict), **kwargs)
+        """Make a configuration from a dictionary in this or the published format.
+
+        Args:
+            config_dict: what a `config.json` holds.
+            kwargs: settings that replace those of the dictionary. `mixer_options` and `controller` are laid over what
+                is there, option by option; `num_hidden_layers` repeats the pattern of the mixers anew.
+
+        Raises:
+            ValueError: as the constructor; whatever is replaced is checked with all the rest.
+        """
+        _refuse_misspelt(kwargs)
+        changes = {name: kwargs.pop(name) for name in HybridConfig.__annotations__ if name in kwargs}
+        return super().from_dict(_overlay(_translate(config_dict), changes), **kwargs)
 
 
 def _translate(values: dict[str, Any]) -> dict[str, Any]:
     return from_published(values) if values.get("model_type") in PUBLISHED_TYPES else values
+
+
+def _overlay(saved: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a saved configuration with changes."""
+    merged = saved | changes
+    if "num_hidden_layers" in changes and "mixers" not in changes and saved.get("mixers"):
+        merged["mixers"] = _pattern(saved["mixers"])
+    for name in ("controller", "mixer_options"):
+        if isinstance(changes.get(name), Mapping):
+            merged[name] = dict(saved.get(name) or {}) | changes[name]
+    options = merged.get("mixer_options")
+    if not isinstance(options, Mapping):
+        return merged
+    before, given = saved.get("mixer_options") or {}, changes.get("mixer_options") or {}
+    used = {*(merged.get("mixers") or DEFAULT_MIXERS), *given}  # a saved mixer that no layer uses any more is dropped
+    merged["mixer_options"] = {
+        name: before[name] | values if name in before and isinstance(values, Mapping) else values
+        for name, values in options.items()
+        if name in used
+    }
+    return merged
+
+
+def _pattern(mixers: list[str]) -> list[str]:
+    """The shortest beginning of a list that gives the list when it is repeated."""
+    periods = (n for n in range(1, len(mixers) + 1) if len(mixers) % n == 0)
+    return next(mixers[:n] for n in periods if mixers[:n] * (len(mixers) // n) == mixers)
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Raise for a name that is nearly one of this configuration's own; others are transformers' business."""
+    for name in names:
+        close = difflib.get_close_matches(name, HybridConfig.__annotations__, n=1, cutoff=0.84)
+        if close and name not in HybridConfig.__annotations__:
+            raise ValueError(f"there is no setting {name!r} (did you mean {close[0]!r}?)")
+
+
+def _checked_controller(values: Mapping[str, Any]) -> dict[str, Any]:
+    from holdfast.training.controller import ControllerConfig  # here: training builds on models, and so on this file
+
+    if not isinstance(values, Mapping):
+        raise ValueError(f"controller must be a mapping of settings, got {values!r}")
+    from_mapping(ControllerConfig, values, "the model's configuration", "controller")
+    return dict(values)

@@ -16,8 +16,8 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
     Args:
         load: the bound `PreTrainedModel.from_pretrained`.
         source: directory or hub id.
-        use_safetensors: True by default; False also reads pickled weights (`pytorch_model.bin`), which can run code
-            of whoever made them.
+        use_safetensors: True by default, and where it is None; False also reads pickled weights
+            (`pytorch_model.bin`), which can run code of whoever made them.
         strict: True by default; False accepts weights that are missing (initialised anew) or left over.
         ignore_mismatched_sizes: False by default; True initialises weights of the wrong shape anew.
 
@@ -27,7 +27,9 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
     """
     strict = kwargs.pop("strict", True)
     with_info = kwargs.pop("output_loading_info", False)
-    if kwargs.setdefault("use_safetensors", True) and source is not None:
+    if kwargs.get("use_safetensors") is None:  # transformers would take pickled weights where there are no others
+        kwargs["use_safetensors"] = True
+    if kwargs["use_safetensors"] and source is not None:
         _refuse_pickles(source)
     reshape = kwargs.pop("ignore_mismatched_sizes", False)
     # transformers' own error about shapes does not name the weights, so it is asked to go on and report them.

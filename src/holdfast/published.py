@@ -118,6 +118,9 @@ def _attention(
 def to_published(config: HybridConfig) -> dict[str, Any]:
     """The published `config.json` of a model.
 
+    `scale_residual_init` has no place there and is left out, for it shapes only the initial weights of a new model:
+    what is read back has its default, True.
+
     Raises:
         ValueError: where the published format cannot say what the configuration says.
     """

@@ -171,3 +171,24 @@ def test_bytes_that_are_no_text_spoil_their_row_only(tmp_path: Path) -> None:
     skipped: Counter[str] = Counter()
     assert [text for _, text in usable(load_text(tmp_path).rows(), skipped)] == ["good", "too"]
     assert skipped == {"not valid UTF-8": 2, "without text": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["data/books", "here/books", "a/b/c", "./a/b", "../a", "~/a", "/a/b", "books/", "a/b.txt"]
+)
+def test_a_missing_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("holdfast.data.sources.HubText", None)  # calling it is a TypeError
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; give .*--data.source DIR"):
+        load_text(name)
+
+
+@pytest.mark.parametrize("name", ["wikitext", "someone/books"])
+def test_where_the_hub_has_nothing_either_both_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=f"nothing lies at the path {name}, and as a data set of the hub cannot read"):
+        load_text(name)

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdfast.data.needle import NeedleTask
-from holdfast.evaluation.needle import NeedleResult, evaluate_needle, plot_accuracy_by_distance, wilson_interval
+from holdfast.evaluation.intervals import wilson_interval
+from holdfast.evaluation.needle import NeedleResult, evaluate_needle, plot_accuracy_by_distance
 
 TASK = NeedleTask(length=64, num_pairs=6, num_keys=8, num_values=4, num_noise=3, window=10)
 

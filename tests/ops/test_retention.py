@@ -2,13 +2,14 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from holdfast.ops.retention import FOREVER, streaming_retention, streaming_retention_reference
+from holdfast.ops.retention import FOREVER, _compiled_store, streaming_retention, streaming_retention_reference
 
 NAN, INF = float("nan"), float("inf")
 
@@ -209,3 +210,11 @@ def test_wrong_arguments_are_named(error: type[Exception], message: str, argumen
     given_arguments = {"scores": torch.ones(1, 3, 1), "budget": 4, "window": 2, "sinks": 0} | arguments
     with pytest.raises(error, match=message):
         streaming_retention(**given_arguments)  # type: ignore[arg-type]
+
+
+def test_the_store_is_compiled_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])  # none of them finds a folder
+    run = _compiled_store.__wrapped__()
+    until = np.empty((1, 3), dtype=np.int64)
+    run(0, 1, np.array([[1.0, 2.0, -1.0]], dtype=np.float32), np.zeros((1, 3), dtype=bool), until, 1, 1, 1, 0)
+    assert until.tolist() == [[2, FOREVER, 3]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations import integration_utils
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleStream
+from holdfast.settings import to_toml
 from holdfast.training import (
     BudgetController,
     ControllerConfig,
@@ -27,6 +29,7 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
+from holdfast.training.run_directory import claim
 from holdfast.training.speed import CLOCK_METRICS
 
 
@@ -36,7 +39,9 @@ def make_recipe(directory, name="run", **training) -> Recipe:
     return Recipe(
         name=name,
         model=MODEL,
-        training=TrainingSection(**(settings | {"save_every": 3, "warmup_steps": 2} | training)),
+        training=TrainingSection(
+            **(settings | {"save_every": 3, "warmup_steps": min(2, training.get("max_steps", 8))} | training)
+        ),
         data=NeedleData(task=TASK, curriculum=((0, 1, TASK.length), (4, 3, TASK.length)), eval_samples=4),
         controller=ControllerConfig(initial=1e-2, minimum=1e-3, interval=2),
         retention=RetentionSchedule(scorer_freeze_steps=2, exploration=0.5, exploration_end=1.0),
@@ -369,3 +374,25 @@ def test_logs_go_where_the_recipe_reports_to(tmp_path, monkeypatch):
     assert 0 < logs["utilisation"] < 1000  # whatever this machine reaches of what was given
     with pytest.raises(ValueError, match="nowhere is not supported"):
         train(make_recipe(tmp_path, name="other", max_steps=2, report_to=("nowhere",)))
+
+
+def test_what_looks_like_a_prepared_run_is_not_taken_over(tmp_path):
+    recipe = make_recipe(tmp_path)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
+        claim(directory, recipe, resume=False)
+    (directory / "recipe.toml").write_text(to_toml(replace(recipe, training=replace(recipe.training, seed=99))))
+    with pytest.raises(RunDirectoryError, match=r"was started with training\.seed = 99"):
+        claim(directory, recipe, resume=False)
+    assert (directory / "tokenizer.json").read_text() == "mine"
+    claim(directory, replace(recipe, output=replace(recipe.output, overwrite=True)), resume=False)
+    claim(directory, recipe, resume=False)  # its own recipe, which never trained a step
+
+
+def test_a_run_without_its_data_leaves_no_directory(tmp_path):
+    recipe = replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 259}, data=TextData(str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()

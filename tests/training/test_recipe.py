@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import tyro
 
+from holdfast.settings import from_mapping, to_toml
 from holdfast.training import SettingsError, list_recipes, load_recipe
 from holdfast.training.overrides import override
 from holdfast.training.recipe import NeedleData, Recipe, TextData
-from holdfast.training.settings import from_mapping, to_toml
 
 MINIMAL = """
 [model]
@@ -228,3 +228,14 @@ def test_toml_round_trip_of_odd_values(text, number):
 
     odd = Odd(text, number, {})
     assert from_mapping(Odd, tomllib.loads(to_toml(odd)), "here") == odd
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_and_says_what_to_add():
+    with pytest.raises(ValueError, match=r"warmup_steps is 200.* 100 steps .max_steps.*--training.warmup-steps .* 5\."):
+        dataclasses.replace(load_recipe("books-lalte").training, max_steps=100)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../esc", "a/b", "a\\b"])
+def test_a_name_stays_inside_the_output_directory(name):
+    with pytest.raises(ValueError, match="must be that of a directory"):
+        dataclasses.replace(load_recipe("needle-gdn"), name=name)

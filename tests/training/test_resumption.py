@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
+from holdfast.settings import to_toml
 from holdfast.training import (
     CheckpointError,
     ControllerConfig,
@@ -30,7 +31,6 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
-from holdfast.training.settings import to_toml
 
 
 def make_recipe(directory: Path, **training) -> Recipe:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from holdfast.cli import main
+from holdfast.settings import to_toml
 from holdfast.training import load_recipe
 from holdfast.training.history import RunHistory, read_history
 from holdfast.training.report import draw_heads, draw_losses, draw_speed, write_report
-from holdfast.training.settings import to_toml
 
 LAYERS, HEADS, BUDGET = 1, 2, 40  # of needle-lalte
 

@@ -21,14 +21,14 @@ COMMANDS = {
     "tokenizer": "Train a tokenizer on one's own text.",
     "prepare": "Tokenize text once, into files that training maps into memory.",
     "report": "Write a page with the losses, the speed and the kept pairs of training runs.",
-    "evaluate": "Measure trained models: recall of needles by distance, or perplexity of text.",
+    "evaluate": "Measure trained models: needles, recall, several turns, perplexity, scorers, lm-eval.",
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
     "inspect": "Write a page that shows what a model keeps of a text, step by step.",
     "convert": "Rewrite a checkpoint in this library's or in the published format.",
     "info": "Parameters, operations per token and cache bytes of a model, without allocating it.",
     "kernels": "Compile every shipped Triton kernel ahead of time, and show registers, spills and shared memory.",
     "bench": "Measure time and memory beside other implementations, and draw the results.",
-    "demo": "Train four small models on this machine and compare what they remember.",
+    "demo": "Train five small models on this machine and compare what they remember.",
 }
 
 USAGE = """\

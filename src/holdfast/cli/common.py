@@ -61,8 +61,8 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         UsageError: if there is none, or it is wrong.
     """
+    from holdfast.settings import SettingsError
     from holdfast.training.recipe import load_recipe
-    from holdfast.training.settings import SettingsError
 
     try:
         return load_recipe(name)
@@ -108,23 +108,25 @@ def read_task(directory: Path, **changes: Any) -> NeedleTask:
     """The needle task that the model in `directory` was trained on, as its recipe.toml says.
 
     Args:
-        directory: of the run. Without a recipe.toml, or with one for text, the task has its default settings.
+        directory: of the run.
         changes: settings that replace the recipe's; None leaves one as it is.
 
     Raises:
-        UsageError: if the settings do not fit together.
+        UsageError: if there is no recipe, or it is one for text, or the settings do not fit together.
     """
-    import dataclasses
-
-    from holdfast.data.needle import NeedleTask
     from holdfast.training.recipe import NeedleData
 
-    task = NeedleTask()
-    if (directory / "recipe.toml").is_file():
-        data = read_recipe(str(directory / "recipe.toml")).data
-        task = data.task if isinstance(data, NeedleData) else task
+    recipe = directory / "recipe.toml"
+    if not recipe.is_file():
+        raise UsageError(
+            f"{directory} has no recipe.toml, which says what needle task the model was trained on: copy it there from "
+            "the directory of its run."
+        )
+    data = read_recipe(str(recipe)).data
+    if not isinstance(data, NeedleData):
+        raise UsageError(f"{directory} was trained on text, as its recipe.toml says, so it knows no needle task.")
     try:
-        return dataclasses.replace(task, **{name: value for name, value in changes.items() if value is not None})
+        return dataclasses.replace(data.task, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
 

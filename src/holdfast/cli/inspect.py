@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     task = read_task(directory)
-    ids = task.sample(settings.seed, 1)["input_ids"][:, : settings.max_tokens]
+    ids = _first(task.sample(settings.seed, 1)["input_ids"], settings.max_tokens)
     return ids, [f"{word} " for word in task.describe(ids[0].tolist()).split()]
 
 
@@ -85,10 +85,15 @@ def _text(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     ids = tokenizer(_read(settings), return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise UsageError("The text is empty; give at least one character.")
-    if ids.shape[1] > settings.max_tokens:
-        output_console().print(f"Of {ids.shape[1]:,} tokens the first {settings.max_tokens:,} are read.")
-        ids = ids[:, : settings.max_tokens]
+    ids = _first(ids, settings.max_tokens)
     return ids, [tokenizer.decode([token]) for token in ids[0].tolist()]
+
+
+def _first(ids: Tensor, count: int) -> Tensor:
+    """The first tokens of ids [1, T]; says so where some are left out."""
+    if ids.shape[1] > count:
+        output_console().print(f"Of {ids.shape[1]:,} tokens the first {count:,} are read.")
+    return ids[:, :count]
 
 
 def _read(settings: Inspect) -> str:

@@ -24,6 +24,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+USUAL_FOLDERS = ("data", "datasets", "corpora", "corpus")
+"""That hold text on a disk and are no owner of data sets that anyone would mean."""
 ROWS_TO_FIND_THE_COLUMN = 100
 READ_ERRORS = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error)
 
@@ -88,11 +90,28 @@ def load_text(
                 f"{name} is local, but config is {config!r}; that is for data sets of the hub: leave it out."
             )
         source: TextSource = LocalText(name, _local_files(path, split), text_column)
-    elif path.name.endswith(ENDINGS) or name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{name} does not exist; give a file, a directory or the name of a hub data set.")
+    elif _looks_local(name):
+        raise FileNotFoundError(
+            f"{name} does not exist; give a file, a directory of text files or the name of a hub data set "
+            "(for a recipe: --data.source DIR)."
+        )
     else:
         source = HubText(name, split, text_column, config)
     return source
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name at which nothing lies is that of a path, and not of a data set on the hub: `owner/name`."""
+    path = Path(name).expanduser()
+    if (
+        path.name.endswith(ENDINGS)
+        or name.startswith(("/", ".", "~"))
+        or name.endswith("/")
+        or name.strip("/").count("/") > 1
+    ):
+        return True
+    # data/books is a missing folder where there is a folder data, or where the hub could not have such an owner.
+    return "/" in name and (path.parent.is_dir() or path.parent.name in USUAL_FOLDERS)
 
 
 class LocalText:
@@ -167,7 +186,8 @@ class HubText:
             dataset = load_dataset(path, name=config, split=split, streaming=True)
             columns = dataset.column_names or list(next(iter(dataset), {}))
         except Exception as error:  # of the network, the hub, the file format
-            raise ValueError(f"cannot read {self._what}: {error}") from error
+            nothing = "" if Path(path).exists() else f"nothing lies at the path {path}, and as a data set of the hub "
+            raise ValueError(f"{nothing}cannot read {self._what}: {error}") from error
         if column not in columns:
             raise ValueError(f"cannot read {self._what}: {no_column(column, columns)}")
         self._dataset = dataset.select_columns([column])

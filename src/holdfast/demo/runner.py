@@ -23,8 +23,8 @@ from holdfast.evaluation.token_rows import needle_kinds
 from holdfast.files import write_json
 from holdfast.machine import available_cores, describe_machine
 from holdfast.modeling import HybridForCausalLM
+from holdfast.settings import SettingsError
 from holdfast.training.recipe import NeedleData, Recipe, load_recipe
-from holdfast.training.settings import SettingsError
 
 __all__ = ["DemoFolderError", "run_demo"]
 

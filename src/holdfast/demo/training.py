@@ -24,9 +24,9 @@ from rich.progress import (
 )
 
 from holdfast.files import replacing
+from holdfast.settings import to_toml
 from holdfast.training.metrics import read_metrics
 from holdfast.training.recipe import Recipe
-from holdfast.training.settings import to_toml
 
 __all__ = ["ChildFailedError", "train_all"]
 

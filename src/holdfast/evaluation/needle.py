@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,21 @@ from torch.nn import functional as F
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
+from holdfast.evaluation.intervals import Share, draw_shares
 from holdfast.pictures import picture
 
-__all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance", "wilson_interval"]
+__all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
-    """What is counted over a set of answers; the rest follows from it, and is None where there is no answer.
+class Tally(Share):
+    """What is counted over a set of answers; an answer is right where its token had the highest logit.
 
     Attributes:
-        count: answers.
-        correct: answers whose token had the highest logit of the vocabulary.
         nll: sum of the negative log-likelihoods of the answers, in nats.
     """
 
-    count: int
-    correct: int
     nll: float
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of correct answers, 0 to 1."""
-        return self.correct / self.count if self.count else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.count) if self.count else None
 
     @property
     def perplexity(self) -> float | None:
@@ -52,12 +38,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Counts and what follows from them, ready for JSON."""
-        interval = None if self.interval is None else list(self.interval)
-        return dataclasses.asdict(self) | {
-            "accuracy": self.accuracy,
-            "interval": interval,
-            "perplexity": self.perplexity,
-        }
+        return super().to_dict() | {"nll": self.nll, "perplexity": self.perplexity}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Tally":
@@ -199,10 +180,7 @@ def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | P
         for name, result in results.items():
             asked = [part for part in result.bins if part.tally.count]
             middle = [(part.low + part.high) / 2 for part in asked]
-            low, high = np.array([part.tally.interval for part in asked]).T
-            share = np.array([part.tally.accuracy for part in asked])
-            (line,) = axes.plot(middle, share, marker="o", markersize=4, label=name)
-            axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            draw_shares(axes, middle, [part.tally for part in asked], name)
         for window in sorted({result.task.window for result in results.values()}):
             axes.axvline(window + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"window {window}")
         for chance in sorted({1 / result.task.num_values for result in results.values()}):
@@ -214,21 +192,6 @@ def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | P
         axes.set_ylabel("accuracy")
         axes.legend(fontsize="small")
     return Path(path)
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); `z` is the normal quantile, by default that of 95 %.
-
-    Raises:
-        ValueError: not 0 ≤ successes ≤ trials, or no trials.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials is no proportion; give 0 ≤ successes ≤ trials.")
-    share = successes / trials
-    shrink = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _answer(model: nn.Module, task: NeedleTask, batch: dict[str, torch.Tensor], device: torch.device) -> np.ndarray:

@@ -25,7 +25,7 @@ class LayerRetention:
 
     Attributes:
         layer: its number in the model.
-        scores: [T, Hkv] fp32, s = σ(logit) − ½ of every pair, dropped ones too. The last R // 2 are not final.
+        scores: [T, Hkv] fp32, s = σ(logit) − threshold of every pair, dropped ones too. The last R // 2 are not final.
         stored: [T, Hkv] bool: pairs in the store, outside the window.
         recent: [T] bool: pairs that the last token's window covers.
         sinks: first tokens of the sequence, never dropped.

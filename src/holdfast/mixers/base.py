@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from holdfast import settings
 from holdfast.mixers.layout import TokenLayout
 from holdfast.mixers.state import MixerState
 
@@ -23,18 +24,18 @@ class MixerOptions:
         """Build from a mapping, e.g. the entry of a config's `mixer_options`.
 
         Raises:
-            ValueError: naming the mixer and the keys it does not know or lacks, or the value that is wrong.
+            ValueError: naming the mixer and the keys it does not know or lacks, or the value that is wrong or of the
+                wrong type.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"mixer '{name}': its options must be a mapping, got {values!r}")
         known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise ValueError(f"mixer '{name}' has no option {', '.join(unknown)}; it knows {', '.join(sorted(known))}")
         required = [entry.name for entry in fields(cls) if entry.default is MISSING]  # type: ignore[arg-type]
         if lacking := [key for key in required if key not in values]:
             raise ValueError(f"mixer '{name}' needs the option {', '.join(lacking)}")
-        try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"mixer '{name}': {error}") from None
+        return settings.from_mapping(cls, values, f"mixer '{name}'")
 
 
 class MixerOutput(NamedTuple):

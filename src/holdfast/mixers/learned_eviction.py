@@ -73,6 +73,11 @@ class LearnedEvictionOptions(AttentionOptions):
             self.window + 1 >= self.scorer_reach,
             f"window ({self.window}) is shorter than the future that the scorer reads ({self.scorer_reach})",
         )
+        require(
+            self.head_dim is None or (2 * self.head_dim) >> len(self.conv_size) >= 1,
+            f"each of the scorer's {len(self.conv_size)} convolutions halves 2 · head_dim channels, and head_dim "
+            f"{self.head_dim} leaves none: raise it, or give a shorter conv_size and conv_dilation",
+        )
 
     @property
     def receptive_field(self) -> int:

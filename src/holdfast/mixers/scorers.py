@@ -120,7 +120,11 @@ class _ScorerConv(nn.Conv2d):
 def receptive_field(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> int:
     """R: how many neighbouring tokens one score depends on, the token included."""
     require(len(kernel_sizes) == len(dilations), "the scorer needs one dilation for each convolution")
-    require(all(k % 2 == 1 for k in kernel_sizes), f"the scorer's kernel sizes must be odd, got {kernel_sizes}")
+    require(
+        all(kernel > 0 and kernel % 2 == 1 for kernel in kernel_sizes),
+        f"the scorer's kernel sizes must be odd and positive, got {kernel_sizes}",
+    )
+    require(all(step >= 1 for step in dilations), f"the scorer's dilations must be at least 1, got {dilations}")
     return 1 + sum((kernel - 1) * dilation for kernel, dilation in zip(kernel_sizes, dilations, strict=True))
 
 

@@ -240,4 +240,7 @@ def _run_store(
 def _compiled_store() -> Callable[..., None]:
     import numba  # here, because it takes longer to import than torch needs for a small model
 
-    return numba.njit(nogil=True, cache=True)(_run_store)
+    try:
+        return numba.njit(nogil=True, cache=True)(_run_store)
+    except RuntimeError:  # neither beside this file nor at home can anything be written: compile in every process
+        return numba.njit(nogil=True)(_run_store)

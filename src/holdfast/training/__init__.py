@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from holdfast.settings import SettingsError
 from holdfast.training.controller import BudgetController, CollapsedHead, ControllerConfig, RetentionWatch
 from holdfast.training.schedule import RetentionSchedule, learned_eviction_layers
-from holdfast.training.settings import SettingsError
 
 # These import transformers' Trainer, which takes seconds: only when asked for.
 _LAZY = {

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from holdfast.settings import from_mapping
 from holdfast.training.controller import BudgetController, ControllerConfig, RetentionWatch, mean_over_ranks
 from holdfast.training.schedule import RetentionSchedule, learned_eviction_layers
-from holdfast.training.settings import from_mapping
 
 
 class RetentionCallback(TrainerCallback, ExportableState):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from holdfast.training.settings import from_mapping
+from holdfast.settings import from_mapping
 
 logger = logging.get_logger(__name__)
 

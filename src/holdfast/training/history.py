@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.settings import SettingsError
 from holdfast.training.metrics import read_metrics
 from holdfast.training.recipe import Recipe, load_recipe
 from holdfast.training.run_directory import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE
-from holdfast.training.settings import SettingsError
 
 __all__ = ["RunHistory", "read_history"]
 

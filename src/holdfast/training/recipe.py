@@ -1,6 +1,6 @@
 """Recipes: everything that determines a training run, in one small TOML file.
 
-The sections are dataclasses, so a command line can override any key (`--training.max-steps 100`) by
+The sections are dataclasses, so a command line can override any key (`--training.max-steps 1000`) by
 
     tyro.cli(Recipe, default=load_recipe(name), args=overrides)
 
@@ -22,9 +22,9 @@ import tyro
 
 from holdfast.configuration import HybridConfig
 from holdfast.data.needle import NeedleTask
+from holdfast.settings import SettingsError, from_mapping, suggest
 from holdfast.training.controller import ControllerConfig
 from holdfast.training.schedule import RetentionSchedule
-from holdfast.training.settings import SettingsError, from_mapping, suggest
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,12 @@ class TrainingSection:
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "workers", "scorer_lr_scale", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but there are only {self.max_steps} steps (max_steps), so the "
+                "learning rate would never be reached: add --training.warmup-steps with fewer, such as "
+                f"{max(1, self.max_steps // 20)}."
+            )
         if self.scorer_weight_decay is not None and self.scorer_weight_decay < 0:
             raise ValueError(f"scorer_weight_decay must be 0 or more, got {self.scorer_weight_decay}.")
         if self.peak_flops is not None and self.peak_flops <= 0:
@@ -161,7 +167,11 @@ class OutputSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run."""
+    """Everything that determines a training run.
+
+    Raises:
+        ValueError: if the name is none for a directory.
+    """
 
     name: str
     """Names the run directory."""
@@ -173,6 +183,12 @@ class Recipe:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     retention: RetentionSchedule = field(default_factory=RetentionSchedule)
     output: OutputSection = field(default_factory=OutputSection)
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or set(self.name) & {"/", "\\", "\0"}:
+            raise ValueError(
+                f"name must be that of a directory inside output.directory, without separators, got {self.name!r}."
+            )
 
     def build_config(self) -> HybridConfig:
         """The model's configuration.

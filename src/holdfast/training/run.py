@@ -60,10 +60,15 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
     directory = Path(recipe.output.directory) / recipe.name
     arguments = _training_arguments(recipe, directory)  # connects the processes, where there are several
     with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            run_directory.claim(directory, recipe, resume=bool(resume))
+        is_first = arguments.process_index == 0
+        is_new = is_first and run_directory.claim(directory, recipe, resume=bool(resume))
         checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
-        data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or arguments.process_index > 0)
+        try:
+            data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
+        except (ValueError, OSError):  # so that the same run may be started with other data
+            if is_new:
+                run_directory.release(directory)
+            raise
     if checkpoint is not None and saved_step(checkpoint) >= recipe.training.max_steps:
         return _finish(recipe, directory, checkpoint)
     trainer = _build_trainer(recipe, arguments, data)

@@ -10,9 +10,9 @@ from typing import Any
 
 from holdfast.configuration import AUTO_FILE
 from holdfast.files import write_text
+from holdfast.settings import to_toml
 from holdfast.training.checkpointing import checkpoints
 from holdfast.training.recipe import Recipe, load_recipe
-from holdfast.training.settings import to_toml
 
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 # Found alone, these say that a run was prepared and never trained a step.
@@ -31,29 +31,41 @@ class RunDirectoryError(RuntimeError):
     """The run directory holds something that this run must not touch; the message says what to do."""
 
 
-def claim(directory: Path, recipe: Recipe, resume: bool) -> None:
+def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
     """Make the directory this run's: write its recipe.toml, and clear away a run that is to be overwritten.
+
+    Returns:
+        Whether there was nothing in the directory before.
 
     Raises:
         RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume.
     """
     recipe_file = directory / RECIPE_FILE
     found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-    if resume and recipe_file.exists():
+    alternatives = "give the run another name, or set output.overwrite to start over"
+    only_prepared = found <= _PREPARED and not recipe.output.overwrite
+    if recipe_file.exists() and (resume or only_prepared):
         _check_same(recipe_file, recipe)
+    if found and RECIPE_FILE not in found and not recipe.output.overwrite:
+        raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
     if found - _PREPARED:
-        alternatives = "give the run another name, or set output.overwrite to start over"
         if SUMMARY_FILE in found and resume:
             _reopen(directory, recipe, alternatives)
         elif SUMMARY_FILE in found and not recipe.output.overwrite:
             raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
-        if RECIPE_FILE not in found and not recipe.output.overwrite:
-            raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
         if not (resume or recipe.output.overwrite):
             raise RunDirectoryError(f"{directory} holds an unfinished run: resume it, {alternatives}.")
         if not resume and RECIPE_FILE in found:
             _clear(directory)
     write_text(recipe_file, to_toml(recipe))
+    return not found
+
+
+def release(directory: Path) -> None:
+    """Leave a directory that was claimed in vain, unless something has been written there since."""
+    if [entry.name for entry in directory.iterdir()] == [RECIPE_FILE]:
+        (directory / RECIPE_FILE).unlink()
+        directory.rmdir()
 
 
 def _reopen(directory: Path, recipe: Recipe, alternatives: str) -> None:

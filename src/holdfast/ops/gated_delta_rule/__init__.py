@@ -71,8 +71,7 @@ def gated_delta_rule(
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: take one of {', '.join(_BACKENDS)}, or None.")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    B, T, Hv, V = v.shape
-    dtype = compute_dtype(v)
+    (B, T, Hv, V), dtype = v.shape, compute_dtype(v)
     state = v.new_zeros(B, Hv, k.shape[-1], V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if T == 0:
         out, final_state = torch.empty_like(v), state

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from holdfast.cli.common import model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import check_picture, require_positive
 from holdfast.files import write_json
 
 Values = dict[str, dict[int, list[float]]]
@@ -53,6 +54,12 @@ class Scorers:
     progress: bool = field(default=True)
     """Show which measurement is running."""
 
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
+        require_positive(self, "budgets", "samples", "max_blocks")
+        check_picture(self.plot)
+
     def run(self) -> None:
         """Compare, and show a table."""
         from holdfast.data.progress import track
@@ -87,12 +94,12 @@ class Scorers:
     def _measure(self, model: Any, directory: Path) -> Callable[[], float]:
         if self.data is not None:
             return functools.partial(_perplexity, model, self._blocks(directory))
-        if not (directory / "recipe.toml").is_file():
-            raise UsageError(f"{directory} has no recipe.toml that names a needle task; give --data TEXT.")
+        try:
+            task = read_task(directory)
+        except UsageError as error:
+            raise UsageError(f"{error} Or give --data TEXT.") from error
 
         from holdfast.evaluation.needle import evaluate_needle
-
-        task = read_task(directory)
 
         def accuracy() -> float:
             result = evaluate_needle(model, task, samples=self.samples, seed=self.seed, progress=False)

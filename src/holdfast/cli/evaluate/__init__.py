@@ -1,0 +1,60 @@
+"""`holdfast evaluate`: a module of this package for each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from holdfast.cli.common import model_directory
+from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.needle import Needle
+from holdfast.cli.evaluate.perplexity import Perplexity
+from holdfast.cli.evaluate.recall import Recall
+from holdfast.cli.evaluate.scorers import Scorers
+from holdfast.cli.evaluate.turns import Turns
+from holdfast.cli.parsing import parse
+
+DESCRIPTION = """\
+Measure trained models.
+
+examples:
+  holdfast evaluate needle runs/needle-lalte runs/needle-gdn --plot accuracy.png
+  holdfast evaluate needle runs/needle-lalte --length 1024 --pairs 32 --beyond
+  holdfast evaluate needle runs/books-lalte --tasks niah_single_1 niah_single_2 --haystack essays/ \\
+      --length 1024 2048 4096 --json needle.json --plot needle.png
+  holdfast evaluate recall runs/books-lalte --tasks squad --data dev-v2.0.json --json recall.json
+  holdfast evaluate turns runs/needle-lalte runs/needle-gdn --plot turns.png
+  holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048
+  holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
+
+needle, recall and turns keep every answer beside the file of --json and continue there after an interruption.
+`lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
+"""
+
+EVALUATIONS = (
+    Annotated[Needle, tyro.conf.subcommand("needle")]
+    | Annotated[Recall, tyro.conf.subcommand("recall")]
+    | Annotated[Turns, tyro.conf.subcommand("turns")]
+    | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+    | Annotated[Scorers, tyro.conf.subcommand("scorers")]
+)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse and run one of the evaluations."""
+    if arguments and arguments[0] == "lm-eval":  # whose options are not known here
+        return _lm_eval(arguments[1:])
+    parse(EVALUATIONS, arguments or ["--help"], prog="holdfast evaluate", description=DESCRIPTION).run()
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise UsageError("Give the model first: `holdfast evaluate lm-eval MODEL_DIR --tasks TASKS [OPTIONS]`.")
+    try:
+        from holdfast.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed; `pip install 'holdfast[eval]'` brings it.") from error
+    asks = arguments[0] in ("-h", "--help")
+    run_harness("MODEL_DIR" if asks else str(model_directory(arguments[0])), ["--help"] if asks else arguments[1:])

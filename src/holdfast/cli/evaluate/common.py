@@ -1,0 +1,146 @@
+"""What the evaluations share: checking models before anything is measured, logs of answers, files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.cli.common import error_console, model_directory
+from holdfast.cli.errors import UsageError
+from holdfast.files import write_json
+
+if TYPE_CHECKING:
+    from holdfast.data.ruler import Essays
+    from holdfast.evaluation.intervals import Share
+    from holdfast.evaluation.sample_log import SampleLog
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Settings that do not fit together are errors of usage."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+def model_directories(names: Sequence[str], command: str) -> list[Path]:
+    """The directories of saved models.
+
+    Raises:
+        UsageError: if there is none, or one holds no model.
+    """
+    if not names:
+        raise UsageError(f"Give at least one model directory: `holdfast evaluate {command} MODEL_DIR`.")
+    return [model_directory(name) for name in names]
+
+
+def shown_names(directories: Sequence[Path]) -> dict[Path, str]:
+    """What tables, pictures and files of results call the models: the directory's name where it tells them apart."""
+    names = [directory.resolve().name for directory in directories]
+    return {
+        directory: name if names.count(name) == 1 else str(directory)
+        for directory, name in zip(directories, names, strict=True)
+    }
+
+
+def read_text_models(directories: Iterable[Path]) -> dict[Path, Any]:
+    """The tokenizer of each model, checked against it.
+
+    Raises:
+        UsageError: if one has none, or one that is not its own.
+    """
+    from holdfast.configuration import HybridConfig
+    from holdfast.data.text import load_tokenizer
+    from holdfast.evaluation.limits import check_tokenizer
+
+    tokenizers = {}
+    for directory in directories:
+        if not reads_text(directory):
+            raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text.")
+        with usage_errors():
+            tokenizers[directory] = load_tokenizer(directory)
+            check_tokenizer(tokenizers[directory], HybridConfig.from_pretrained(directory), name=str(directory))
+    return tokenizers
+
+
+def reads_text(directory: Path) -> bool:
+    """Whether the model has a tokenizer; models of the needle task have none."""
+    return (directory / "tokenizer.json").is_file()
+
+
+def refuse_lengths(directories: Iterable[Path], tokens: int, beyond: bool) -> None:
+    """Refuse contexts of `tokens` tokens for models that were not told of so many, unless `beyond`.
+
+    Raises:
+        UsageError: naming the model.
+    """
+    from holdfast.configuration import HybridConfig
+    from holdfast.evaluation.limits import check_length
+
+    for directory in directories:
+        with usage_errors():
+            check_length(HybridConfig.from_pretrained(directory), tokens, beyond=beyond, name=str(directory))
+
+
+def read_haystack(sources: Sequence[str]) -> Essays | None:
+    """The texts of files, directories or data sets on the hub, as `load_text` reads them; None without any."""
+    from holdfast.data.ruler import Essays
+    from holdfast.data.text import load_text
+
+    if not sources:
+        return None
+    with usage_errors():
+        return Essays([text for source in sources for text in load_text(source) if isinstance(text, str)])
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuse before anything is measured a picture that could not be drawn afterwards."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot is {path}; give a file that ends in {', '.join(PICTURES)}.")
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Refuse numbers below 1 among the options `names`; one that is None, or a tuple, is checked for what it holds.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {number}; give at least 1.")
+
+
+def open_log(json: Path | None, evaluation: str, directory: Path, settings: Mapping[str, Any]) -> SampleLog:
+    """The log of answers of a model, beside the file of results; without that file nothing is kept."""
+    from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
+
+    path = None if json is None else json.with_suffix(".samples.jsonl")
+    log = SampleLog(path, {"evaluation": evaluation, "model": model_fingerprint(directory), **settings})
+    if log.records:
+        error_console().print(f"{directory}: going on after {len(log.records):,} answers in {path}.", soft_wrap=True)
+    return log
+
+
+def write_results(path: Path, evaluation: str, settings: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+    """Write the results of each model, with the settings (the seed among them), machine, versions and commit."""
+    from holdfast.machine import describe_machine
+
+    write_json(
+        path,
+        {"evaluation": evaluation, "settings": dict(settings), "machine": describe_machine(), "models": dict(models)},
+    )
+
+
+def show_share(share: Share | None) -> str:
+    """A share of right answers with its 95 % interval, as tables show it."""
+    if share is None or share.interval is None:
+        return "–"
+    low, high = share.interval
+    return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%})"

@@ -1,0 +1,119 @@
+"""`holdfast evaluate recall`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from holdfast.cli.common import output_console, read_model
+from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import (
+    model_directories,
+    open_log,
+    read_text_models,
+    refuse_lengths,
+    require_positive,
+    show_share,
+    shown_names,
+    usage_errors,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from holdfast.data.recall import RecallSample
+    from holdfast.evaluation.recall import RecallResult
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How often the answer stands in what a model writes after a document: FDA, SWDE and SQuAD completion."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Directories of trained models with their tokenizers."""
+    tasks: tuple[Literal["fda", "swde", "squad"], ...] = ("fda", "swde", "squad")
+    data: str | None = None
+    """For one task, a file instead of its data set on the hub: parquet, jsonl or json with columns text and value, for
+    squad also SQuAD's published JSON; or the name of another data set."""
+    limit: int | None = None
+    """Ask the first samples of a task only."""
+    new_tokens: int = 48
+    """Tokens of a continuation at the most; it also ends at a line break."""
+    batch_size: int = 8
+    beyond: bool = False
+    """Allow prompts beyond the length that a model was trained on."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    json: Path | None = None
+    """Write all numbers to this file, and every continuation to FILE.samples.jsonl, where a run that was interrupted
+    goes on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "limit", "new_tokens", "batch_size")
+
+    def run(self) -> None:
+        """Evaluate, and show a table."""
+        from holdfast.data.recall import load_recall
+        from holdfast.evaluation.recall import evaluate_recall
+
+        directories = model_directories(self.models, "recall")
+        if self.data is not None and len(self.tasks) != 1:
+            raise UsageError("--data holds one task; say which with --tasks.")
+        with usage_errors():
+            samples: dict[str, list[RecallSample]] = {
+                task: load_recall(task, self.data, limit=self.limit) for task in self.tasks
+            }
+        tokenizers = read_text_models(directories)
+        for directory, tokenizer in tokenizers.items():
+            refuse_lengths([directory], self._longest(samples, tokenizer), self.beyond)
+        names = shown_names(directories)
+        results: dict[str, dict[str, RecallResult]] = {}
+        for directory in directories:
+            model = read_model(directory, self.dtype)
+            determining = {"dtype": self.dtype, "new_tokens": self.new_tokens}
+            results[names[directory]] = {
+                task: evaluate_recall(
+                    model,
+                    tokenizers[directory],
+                    asked,
+                    new_tokens=self.new_tokens,
+                    log=open_log(self.json, f"recall {task}", directory, determining),
+                    batch_size=self.batch_size,
+                    beyond=self.beyond,
+                )
+                for task, asked in samples.items()
+            }
+        _show(results)
+        if self.json is not None:
+            self._write(self.json, results)
+
+    def _longest(self, samples: Mapping[str, list[RecallSample]], tokenizer: Any) -> int:
+        prompts = [sample.prompt for asked in samples.values() for sample in asked]
+        return max(map(len, tokenizer(prompts).input_ids)) + self.new_tokens
+
+    def _write(self, path: Path, results: Mapping[str, Mapping[str, RecallResult]]) -> None:
+        settings = {
+            "tasks": list(self.tasks),
+            "data": None if self.data is None else Path(self.data).name,
+            "limit": self.limit,
+            "new_tokens": self.new_tokens,
+            "dtype": self.dtype,
+            "seed": None,  # nothing is drawn
+        }
+        models = {name: {task: r.to_dict() for task, r in tasks.items()} for name, tasks in results.items()}
+        write_results(path, "recall", settings, models)
+
+
+def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> None:
+    """A row for each model, a column for each task."""
+    table = Table(title="answers found in one line of continuation (95 % interval)")
+    table.add_column("model")
+    columns = next(iter(results.values()))
+    for task, result in columns.items():
+        table.add_column(f"{task}, {result.contains.count:,} samples", justify="right")
+    for name, tasks in results.items():
+        table.add_row(name, *(show_share(result.contains) for result in tasks.values()))
+    output_console().print(table)

@@ -1,0 +1,102 @@
+"""Recall from real text: FDA and SWDE (information extraction) and SQuAD, as prompts that the answer continues.
+
+The tasks and their prompts are those of Arora et al. (arXiv 2402.18668, section 6): a document, then the beginning of a
+sentence or the name of an attribute, which the model is to complete. Every prompt and answer is stripped of blanks
+around it: a trailing blank makes tokens that the model has never seen before a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.text import load_text
+
+__all__ = ["RECALL_TASKS", "RecallSample", "load_recall"]
+
+RECALL_TASKS = {
+    "fda": "hazyresearch/based-fda",
+    "swde": "hazyresearch/based-swde-v2",
+    "squad": "hazyresearch/based-squad",
+}
+"""Where each task lies on the Hugging Face hub; its split is `validation`, with columns `text` and `value`."""
+
+QUESTION = "Title: {title}\n\nBackground: {context}\n\nQuestion: {question}\n\nAnswer:"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallSample:
+    """A prompt, and the answers of which one should stand in what follows."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def load_recall(task: str, source: str | Path | None = None, *, limit: int | None = None) -> list[RecallSample]:
+    """The samples of a task, in order.
+
+    Args:
+        task: "fda", "swde" or "squad".
+        source: a parquet, jsonl or json file with columns `text` and `value`; for squad also SQuAD's published JSON,
+            version 1 or 2, whose unanswerable questions are left out and whose prompts are title, paragraph and
+            question (the hub's squad has sentences to complete instead); or the name of another data set on the hub.
+            None: the task's own on the hub.
+        limit: read the first samples only.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the task is unknown, the source cannot be read, or it holds no sample.
+    """
+    if task not in RECALL_TASKS:
+        raise ValueError(f"there is no recall task {task}; give one of {', '.join(RECALL_TASKS)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; give at least 1.")
+    source = str(RECALL_TASKS[task] if source is None else source)
+    published = _published_squad(Path(source).expanduser()) if task == "squad" else None
+    samples = []
+    for sample in _rows(source) if published is None else published:
+        samples.append(sample)
+        if len(samples) == limit:
+            break
+    if not samples:
+        raise ValueError(f"{source} holds no sample with an answer; give a file of the task {task}.")
+    return samples
+
+
+def _rows(source: str) -> Iterator[RecallSample]:
+    """Samples from columns `text` and `value`; rows in which one of them is empty are left out."""
+    texts, values = (load_text(source, split="validation", text_column=column) for column in ("text", "value"))
+    for text, value in zip(texts, values, strict=True):
+        if not isinstance(text, str) or not isinstance(value, str):
+            raise ValueError(f"{source} has a row without a text or a value; both columns must hold text.")
+        if text.strip() and value.strip():
+            yield RecallSample(text.strip(), (value.strip(),))
+
+
+def _published_squad(path: Path) -> Iterator[RecallSample] | None:
+    """Samples of a file as SQuAD publishes it; None where it is something else."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # lines of JSON, or no JSON at all: the reader of columns says which
+        return None
+    is_published = isinstance(content, dict) and isinstance(content.get("data"), list)
+    return _questions(content["data"], path) if is_published else None
+
+
+def _questions(articles: Iterable[Mapping[str, Any]], path: Path) -> Iterator[RecallSample]:
+    try:
+        for article in articles:
+            title = article["title"].replace("_", " ")
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers = tuple(dict.fromkeys(answer["text"].strip() for answer in question["answers"]))
+                    if answers:
+                        parts = {"title": title, "context": paragraph["context"], "question": question["question"]}
+                        yield RecallSample(QUESTION.format(**{k: v.strip() for k, v in parts.items()}), answers)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not as SQuAD publishes its questions ({error}); give such a file.") from error

@@ -1,0 +1,42 @@
+"""What an evaluation refuses before it begins: contexts that a model was not told of, tokenizers of another model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["check_length", "check_tokenizer"]
+
+
+def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = "the model") -> None:
+    """Refuse more tokens than the model was trained on at a time, unless that is what is to be measured.
+
+    Args:
+        config: of the model; `max_position_embeddings` says its length.
+        tokens: the longest context, answers included.
+        beyond: allow it.
+        name: of the model, for the error.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    told = config.max_position_embeddings
+    if tokens > told and not beyond:
+        raise ValueError(
+            f"{tokens:,} tokens are more than the {told:,} that {name} was trained on (max_position_embeddings); "
+            "give less, or --beyond to measure what it does beyond."
+        )
+
+
+def check_tokenizer(tokenizer: Any, config: Any, *, name: str = "the model") -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, or that cannot write plain text.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {config.vocab_size:,}; give the model its own."
+        )
+    written = tokenizer("The key is 7.").input_ids
+    if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
+        raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")

@@ -1,0 +1,90 @@
+"""The answers of a run, one JSON line each: an interrupted run continues, and every answer can be read afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SampleLog", "model_fingerprint"]
+
+PROBE = 1 << 20  # bytes read at each end of a file of weights: training changes all of them
+
+
+class SampleLog:
+    """Records of answered samples by name, read from and appended to a file of JSON lines.
+
+    A record belongs to a run, which a hash of what determines the answers names. So one file can hold several models
+    and settings, an answer is never taken for another's, and asking for more samples answers only those that are new.
+
+    Args:
+        path: the file; made when the first record comes. None: nothing is read or kept.
+        determines: plain values that the answers follow from, such as the settings and the `model_fingerprint`.
+
+    Attributes:
+        records: what this run has answered so far, by sample.
+
+    Raises:
+        ValueError: if the file holds something else. A line cut off at its end, as a killed run leaves it, is dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, determines: Mapping[str, Any]) -> None:
+        text = json.dumps(determines, sort_keys=True, default=str)
+        self.run = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.path = None if path is None else Path(path)
+        self.records: dict[str, dict[str, Any]] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def append(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep records by sample, plain values; they are in the file when this returns."""
+        self.records |= {sample: dict(record) for sample, record in records.items()}
+        if self.path is None:
+            return
+        lines = [{"run": self.run, "sample": sample, **record} for sample, record in records.items()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            for number, line in enumerate(content[:whole].splitlines(), start=1):
+                record = _parsed(line)
+                if record is None:
+                    raise ValueError(f"line {number} of {path} is no answer of an evaluation; give another file.")
+                if record.pop("run") == self.run:
+                    self.records[record.pop("sample")] = record
+            file.truncate(whole)
+
+
+def model_fingerprint(directory: str | os.PathLike[str]) -> str:
+    """A hash that tells the model saved in `directory` from others, wherever it is copied to.
+
+    It reads the configuration, the tokenizer, and the ends of the files of weights: as fast for large models as for
+    small ones.
+    """
+    digest = hashlib.sha256()
+    folder = Path(directory)
+    for path in sorted([*folder.glob("config.json"), *folder.glob("tokenizer.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(PROBE))
+            file.seek(max(0, size - PROBE))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"run", "sample"} <= record.keys() else None

@@ -1,0 +1,242 @@
+"""`holdfast evaluate needle`, `recall` and `turns`: what they write, where they go on, and how they refuse."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast import HybridForCausalLM
+from holdfast.cli import main
+from holdfast.data.text import byte_tokenizer
+from holdfast.evaluation.conversation import Conversation
+from holdfast.settings import to_toml
+from holdfast.training.recipe import NeedleData, load_recipe
+
+Answer = Callable[[Conversation, int, Any], list[list[int]]]
+NEEDLE = ("--length", "500", "--depths", "0", "100", "--samples", "2", "--new-tokens", "8", "--batch-size", "3")
+
+
+@pytest.fixture(scope="module")
+def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`text` reads bytes and was told of 1,000, `tokens` reads the needle task's, `foreign` has another's tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, vocab_size in (("text", 259), ("tokens", 83), ("foreign", 258)):
+        model = small_model("gated_deltanet", "learned_eviction", vocab_size=vocab_size, max_position_embeddings=1000)
+        model.save_pretrained(folder / name)
+        if name != "tokens":
+            byte_tokenizer().save_pretrained(folder / name)
+    recipe = dataclasses.replace(load_recipe("needle-gdn"), data=NeedleData())
+    (folder / "tokens" / "recipe.toml").write_text(to_toml(recipe))
+    return folder
+
+
+@pytest.fixture
+def squad(tmp_path: Path) -> Path:
+    questions = [
+        {"question": f"What is {n}?", "id": str(n), "answers": [{"text": f"{n}", "answer_start": 0}]} for n in range(7)
+    ]
+    article = {"title": "Numbers", "paragraphs": [{"context": "0 1 2 3 4 5 6", "qas": questions}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "v2.0", "data": [article]}))
+    return path
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Lets so many more calls of `Conversation.answer` through, then interrupts; notes how many rows each had."""
+    answer: Answer = Conversation.answer
+
+    def arrange(calls: int) -> list[int]:
+        rows: list[int] = []
+
+        def interrupted(talk: Conversation, max_new_tokens: int, stop: Any = ()) -> list[list[int]]:
+            if len(rows) == calls:
+                raise KeyboardInterrupt
+            rows.append(len(talk.tokens_said))
+            return answer(talk, max_new_tokens, stop)
+
+        monkeypatch.setattr(Conversation, "answer", interrupted)
+        return rows
+
+    return arrange
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run an evaluation that must be refused as wrongly called; its one line of error."""
+    capsys.readouterr()
+    assert main(["evaluate", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def commands(models: Path, squad: Path) -> dict[str, list[str]]:
+    """A call of each, with what it answers in how many batches."""
+    return {
+        "needle": ["needle", str(models / "text"), *NEEDLE],
+        "recall": ["recall", str(models / "text"), "--tasks", "squad", "--data", str(squad), "--batch-size", "3"],
+        "turns": ["turns", str(models / "tokens"), "--conversations", "5", "--batch-size", "2", "--turn-length", "14"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "let_through", "kept", "missing"),
+    [("needle", 1, 3, [1]), ("recall", 2, 6, [1]), ("turns", 16 * 2, 4, [1] * 16)],
+)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    models: Path,
+    squad: Path,
+    stopped: Callable[[int], list[int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    let_through: int,
+    kept: int,
+    missing: list[int],
+) -> None:
+    argv = ["evaluate", *commands(models, squad)[name]]
+    stopped(10**6)
+    assert main([*argv, "--json", str(tmp_path / "whole.json")]) == 0
+    stopped(let_through)
+    assert main([*argv, "--json", str(tmp_path / "cut.json")]) == 130
+    assert not (tmp_path / "cut.json").exists()
+    assert len((tmp_path / "cut.samples.jsonl").read_text().splitlines()) == kept
+    rows = stopped(10**6)
+    capsys.readouterr()
+    assert main([*argv, "--json", str(tmp_path / "cut.json")]) == 0
+    assert f"going on after {kept} answers" in capsys.readouterr().err
+    assert rows == missing
+    whole, cut = (json.loads((tmp_path / f"{file}.json").read_text()) for file in ("whole", "cut"))
+    assert without_resumed(cut) == without_resumed(whole)
+    assert whole["evaluation"] == name
+    assert whole["machine"]["packages"]["torch"]
+    assert "commit" in whole["machine"]
+    assert "seed" in whole["settings"]
+    assert whole["settings"]["dtype"] == "float32"
+    assert list(whole["models"]) == ["tokens" if name == "turns" else "text"]
+
+
+def without_resumed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_resumed(entry) for name, entry in value.items() if name != "resumed"}
+    return [without_resumed(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_tables_and_pictures(models: Path, squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = commands(models, squad)
+    picture = tmp_path / "picture.png"
+    assert main(["evaluate", *argv["needle"], "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    assert "500 tokens" in shown
+    assert "niah_single_1" in shown
+    assert picture.stat().st_size > 5000
+    assert main(["evaluate", *argv["turns"], "--asides", "--plot", str(tmp_path / "turns.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "turns back" in shown
+    assert "tokens" in shown
+    assert (tmp_path / "turns.svg").stat().st_size > 5000
+    assert main(["evaluate", *argv["recall"]]) == 0
+    assert "squad, 7 samples" in capsys.readouterr().out
+
+
+def test_text_turns_and_essays(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "essays").mkdir()
+    for number in range(3):
+        (tmp_path / "essays" / f"{number}.txt").write_text(f"Essay {number}. It is short. " * 9)
+    haystack = ["--haystack", str(tmp_path / "essays")]
+    turns = ["--turns", "2", "--facts", "1", "--questions", "1", "--conversations", "2"]
+    file = tmp_path / "results.json"
+    assert main(["evaluate", "turns", str(models / "text"), *turns, *haystack, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["models"]["text"]
+    assert 900 < found["tokens_said"] <= 1000  # by default what the model was trained on
+    assert found["script"]["kind"] == "text"
+    argv = ["evaluate", "needle", str(models / "text"), *NEEDLE, "--tasks", "all", *haystack, "--beyond"]
+    assert main([*argv, "--length", "1200", "--depths", "50", "--samples", "1", "--json", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written["settings"]["essays"]["words"] == 3 * 9 * 5
+    cells = written["models"]["text"]["cells"]
+    assert len(cells) == 8
+    assert all(cell["prompt_tokens"] <= 1200 - 8 for cell in cells)
+
+
+def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokens").symlink_to(models / "tokens")
+    pair = [str(models / "tokens"), str(tmp_path / "tokens")]
+    options = ["--conversations", "1", "--turns", "2", "--json", str(tmp_path / "r.json")]
+    assert main(["evaluate", "turns", *pair, *options]) == 0
+    assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == pair
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(
+    models: Path, squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, tokens, foreign = (str(models / name) for name in ("text", "tokens", "foreign"))
+    argv = commands(models, squad)
+    cases = {
+        "There is no model directory absent": ["turns", "absent"],
+        "Give at least one model directory: `holdfast evaluate recall": ["recall"],
+        "evaluate them in two calls": ["needle", text, tokens],
+        "reads text; leave --pairs out": [*argv["needle"], "--pairs", "3"],
+        "gets the needle task; leave --new-tokens out": ["needle", tokens, "--new-tokens", "3"],
+        "The needle task has one --length": ["needle", tokens, "--length", "64", "128"],
+        "2,000 tokens are more than the 1,000 that": ["needle", tokens, "--length", "2000"],
+        "1,001 tokens are more than the 1,000 that": ["needle", text, "--length", "600", "1001"],
+        "3,201 tokens are more": ["turns", tokens, "--turn-length", "400"],
+        "tokens are more than the 1,000": [*argv["recall"], "--new-tokens", "999"],
+        "the tokenizer has 259 tokens": ["needle", foreign, "--length", "600"],
+        "the tokenizer has 259 tokens, ": ["turns", foreign],
+        "has no tokenizer.json, so it cannot read text": ["recall", tokens, "--tasks", "squad", "--data", str(squad)],
+        "nowhere.json does not exist": ["recall", text, "--tasks", "squad", "--data", str(tmp_path / "nowhere.json")],
+        "--data holds one task; say which with --tasks": ["recall", text, "--data", str(squad)],
+        "nowhere.txt does not exist": [*argv["needle"], "--haystack", str(tmp_path / "nowhere.txt")],
+        "niah_single_3 hides needles in essays": [*argv["needle"], "--tasks", "niah_single_3"],
+        "there is no task niah_9": [*argv["needle"], "--tasks", "niah_9"],
+        "give a file that ends in .png, .svg, .pdf": [*argv["turns"], "--plot", "picture.jpg"],
+        "which some of the models cannot read": ["turns", text, tokens, "--haystack", str(squad)],
+        "40 keys, the task has 32": ["turns", tokens, "--facts", "5", "--turn-length", "20"],
+        "no more questions than facts": ["turns", tokens, "--questions", "5"],
+    }
+    for message, command in cases.items():
+        assert message in refused(capsys, *command)
+
+
+def test_another_file_is_not_taken_for_a_log(models: Path, squad: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.samples.jsonl").write_text('{"text": "precious"}\n')
+    argv = ["evaluate", *commands(models, squad)["recall"], "--json", str(tmp_path / "r.json")]
+    assert main(argv) != 0
+    assert (tmp_path / "r.samples.jsonl").read_text() == '{"text": "precious"}\n'
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "error"),
+    [
+        ("needle", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("scorers", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("turns", ["--plot", "foo.xyz"], "--plot is foo.xyz; give a file that ends in .png"),
+        ("needle", ["--samples", "0"], "--samples is 0; give at least 1."),
+        ("needle", ["--length", "64", "-1"], "--length is -1; give at least 1."),
+        ("scorers", ["--samples", "0"], "--samples is 0; give at least 1."),
+        ("scorers", ["--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--bins", "0"], "--bins is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--batch-size", "0"], "--batch-size is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
+        ("recall", ["--limit", "0"], "--limit is 0; give at least 1."),
+        ("turns", ["--conversations", "0"], "--conversations is 0; give at least 1."),
+    ],
+)  # fmt: skip
+def test_options_are_checked_before_a_model_is_read(
+    command: str, options: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error in refused(capsys, command, "nowhere", *options)
+
+
+def test_a_model_without_a_needle_recipe_is_not_given_a_task_of_another(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("gated_deltanet").save_pretrained(tmp_path / "m")
+    assert "has no recipe.toml, which says what needle task" in refused(capsys, "needle", str(tmp_path / "m"))
+    (tmp_path / "m" / "recipe.toml").write_text(to_toml(load_recipe("books-lalte")))
+    assert "was trained on text, as its recipe.toml says" in refused(capsys, "turns", str(tmp_path / "m"))
