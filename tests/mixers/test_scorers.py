@@ -92,7 +92,7 @@ def test_dropout_only_in_training() -> None:
 
 
 def test_unusable_convolutions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be odd, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"must be odd and positive, got \(2,\)"):
         receptive_field((2,), (1,))
     with pytest.raises(ValueError, match="one dilation for each convolution"):
         receptive_field((3, 3), (1,))
