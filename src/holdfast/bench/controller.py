@@ -109,8 +109,9 @@ def study_controller(settings: ControllerStudySettings, *, progress: bool = True
     cases: list[ControllerCase] = []
     grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors))
     for interval, tolerance, factors in track(grid, "simulating", progress=progress):
-        rule = {"increase": factors[0], "decrease": factors[1], "tolerance": tolerance}
-        kept = _simulate(settings, ControllerConfig(settings.budget, interval=interval, **rule))
+        up, down = factors
+        rule = ControllerConfig(settings.budget, increase=up, decrease=down, interval=interval, tolerance=tolerance)
+        kept = _simulate(settings, rule)
         for row, time_constant in enumerate(settings.time_constants):
             measured = _measure(kept[:, row] / settings.budget)
             cases.append(ControllerCase(interval, tolerance, factors, time_constant, *measured))
