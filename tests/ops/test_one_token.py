@@ -71,18 +71,19 @@ def test_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(apply_rotary, numbers(2, 3, 4, 20), angles.cos(), angles.sin(), calls="rotate", monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("kernels", "dilations"), [((3, 3, 3), (2, 2, 2)), ((5, 3), (1, 3)), ((1,), (1,))])
 def test_scorer(
-    kernels: tuple[int, ...], dilations: tuple[int, ...], shared: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: tuple[int, ...], dilations: tuple[int, ...], shared: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    scorer = ConvScorer(3, 40, kernels, dilations, shared=shared).eval().requires_grad_(False)
+    scorer = ConvScorer(3, 40, kernels, dilations, shared=shared, causal=causal).eval().requires_grad_(False)
     for parameter in scorer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     length = scorer.receptive_field
     valid = torch.arange(length) >= torch.tensor([[0], [length // 3], [length - 1]])
-    exact = ConvScorer(3, 40, kernels, dilations, shared=shared).eval().double().requires_grad_(False)
+    exact = ConvScorer(3, 40, kernels, dilations, shared=shared, causal=causal).eval().double().requires_grad_(False)
     exact.load_state_dict(scorer.state_dict())
     for rows in (valid, valid[1:2]):
         assert_same(

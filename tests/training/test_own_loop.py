@@ -74,3 +74,24 @@ def test_layers_that_do_not_fit_together_are_refused():
     other = LearnedEvictionOptions(num_heads=4, num_kv_heads=4, head_dim=8, window=8, budget=4, sinks=1)
     with pytest.raises(ValueError, match=r"got \[2, 4\]"):
         RetentionPenalty(nn.ModuleList([LearnedEviction(32, 1e-5, OPTIONS), LearnedEviction(32, 1e-5, other)]))
+
+
+def test_layers_of_ones_own_share_a_scorer():
+    options = LearnedEvictionOptions(
+        num_heads=4, num_kv_heads=2, head_dim=8, window=8, budget=4, sinks=1, dropout=0.0, scorer_sharing="all"
+    )
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.router = options.build_scorer()
+    model.layers = nn.ModuleList(LearnedEviction(32, 1e-5, options) for _ in range(2))
+    for layer in model.layers:
+        layer.use_scorer(model.router)
+    assert (model.router.conv_stack.proj.bias == 0.5).all()  # the published start
+    assert [name for name in model.state_dict() if "router" in name] == [
+        name for name in model.state_dict() if name.startswith("router.")
+    ]
+    hidden, layout = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(2)), TokenLayout.whole(2, 30)
+    scores = [layer(hidden, layout).scores for layer in model.layers]
+    RetentionPenalty(model)(scores, layout)
+    torch.stack(scores).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.router.parameters())

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BenchSettings",
+    "ControllerStudySettings",
     "DataSettings",
     "DecodeSettings",
     "ModelSettings",
@@ -264,6 +265,43 @@ class DataSettings:
             raise ValueError("tokenizers is empty; name at least one.")
         if not self.seconds > 0:
             raise ValueError(f"seconds must be above 0, got {self.seconds}.")
+
+
+@dataclass(frozen=True)
+class ControllerStudySettings:
+    """The budget controller's interval and tolerance, on heads that a formula simulates. Nothing is timed."""
+
+    intervals: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """Steps between updates of λ."""
+    tolerances: tuple[tuple[float, float], ...] = ((1.0, 1.0), (0.95, 1.0), (0.8, 1.2))
+    """(lo, hi), as shares of the budget."""
+    factors: tuple[tuple[float, float], ...] = ((1.5, 2.0), (1.1, 1.1))
+    """By which λ is multiplied, and divided."""
+    time_constants: tuple[float, ...] = (20.0, 100.0, 500.0)
+    """Steps in which a head comes to what λ leaves it, but for a third."""
+    heads: int = 16
+    """Simulated for each time constant; their medians are shown."""
+    steps: int = 8000
+    budget: int = 64
+    positions: int = 506
+    """Pairs that a head could keep."""
+    valued: float = 3e-3
+    """λ at which a head would keep half of them, at first."""
+    walk: float = 0.35
+    """Standard deviation of the logarithm of that after 1,000 steps."""
+    noise: float = 0.1
+    """Relative standard deviation of a step's count."""
+    seed: int = 0
+    output: Path | None = None
+    """Write all numbers to this .json file."""
+    plot: Path | None = None
+    """Draw them into this file (png, svg or pdf)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, intervals=self.intervals, heads=self.heads, steps=self.steps, budget=self.budget)
+        require_at_least(self.budget, positions=self.positions)
+        if not self.tolerances or not self.factors or not self.time_constants or min(self.time_constants) < 1:
+            raise ValueError("give a tolerance, a pair of factors, and time constants of 1 step or more.")
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:

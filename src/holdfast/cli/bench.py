@@ -1,4 +1,4 @@
-"""`holdfast bench ops`, `prefill`, `decode`, `train`, `data` and `plot`."""
+"""`holdfast bench ops`, `prefill`, `decode`, `train`, `data`, `controller` and `plot`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from holdfast.bench.settings import (
     BenchSettings,
+    ControllerStudySettings,
     DataSettings,
     DecodeSettings,
     ModelSettings,
@@ -37,6 +38,7 @@ examples:
   holdfast bench prefill --size 0.4b --tokens 4096 32768
   holdfast bench train --mixers gated_deltanet sliding_attention
   holdfast bench data --output benchmarks/results/data.json
+  holdfast bench controller --output benchmarks/results/controller.json --plot controller.png
   holdfast bench plot benchmarks/results/ops.json --directory docs/images
 """
 
@@ -58,6 +60,7 @@ BENCHMARKS = (
     | Annotated[DecodeSettings, tyro.conf.subcommand("decode")]
     | Annotated[TrainSettings, tyro.conf.subcommand("train")]
     | Annotated[DataSettings, tyro.conf.subcommand("data")]
+    | Annotated[ControllerStudySettings, tyro.conf.subcommand("controller")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
 )
 
@@ -69,6 +72,8 @@ def run(arguments: Sequence[str]) -> None:
         _plot(settings)
     elif isinstance(settings, DataSettings):
         _measure_data(settings)
+    elif isinstance(settings, ControllerStudySettings):
+        _study(settings)
     else:
         _measure(settings)
 
@@ -84,6 +89,32 @@ def _plot(settings: Plot) -> None:
             raise UsageError(f"There is no file {file}; give one that `holdfast bench` wrote with --output.")
         target = (settings.directory or file.parent) / f"{file.stem}.{settings.format}"
         output_console().print(f"{plot_report(read_report(file), target)}", soft_wrap=True)
+
+
+def _study(settings: ControllerStudySettings) -> None:
+    """Simulate, and show a row for each interval, tolerance and time constant."""
+    _check_plot(settings.plot)
+
+    from holdfast.bench.controller import plot_controller_study, study_controller
+    from holdfast.files import write_json
+
+    study = study_controller(settings)
+    table = Table("u", "tolerance", "× or ÷", "τ", "reached at step", "within 10 %", "typical error", "lowest ÷ b")
+    for case in study["cases"]:
+        pairs = ["{:g}, {:g}".format(*case[name]) for name in ("tolerance", "factors")]
+        reached = "never" if case["reached"] is None else f"{case['reached']:,}"
+        shares = (f"{case['within']:.0%}", f"{case['error']:.0%}", f"{case['lowest']:.2f}")
+        table.add_row(str(case["interval"]), *pairs, f"{case['time_constant']:g}", reached, *shares)
+    output_console().print(table)
+    if settings.output is not None:
+        error_console().print(f"All numbers are in {write_json(settings.output, study)}.", soft_wrap=True)
+    if settings.plot is not None:
+        error_console().print(f"The picture is {plot_controller_study(study, settings.plot)}.", soft_wrap=True)
+
+
+def _check_plot(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot is {path}; give a file that ends in .png, .svg or .pdf.")
 
 
 def _measure(settings: BenchSettings) -> None:
@@ -126,8 +157,7 @@ def _measure_data(settings: DataSettings) -> None:
 
 def _check(settings: BenchSettings) -> None:
     """Refuse before anything is measured what would fail afterwards."""
-    if settings.plot is not None and settings.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot is {settings.plot}; give a file that ends in .png, .svg or .pdf.")
+    _check_plot(settings.plot)
     if settings.plot is not None and isinstance(settings, OpsSettings) and "attention" not in settings.only:
         raise UsageError("--plot draws attention; name it in --only too, or leave --plot out.")
 

@@ -90,7 +90,7 @@ class LearnedEvictionOptions(AttentionOptions):
 
     def build_scorer(self) -> ConvScorer:
         """A scorer with these settings, for one layer, or with scorer_sharing "all" for the whole model."""
-        return ConvScorer(
+        scorer = ConvScorer(
             self.kv_heads,
             2 * self.dim,
             self.conv_size,
@@ -100,6 +100,11 @@ class LearnedEvictionOptions(AttentionOptions):
             threshold=self.threshold,
             causal=self.scorer_causal,
         )
+        with torch.random.fork_rng(devices=[]):  # a scorer's own start, which moves nothing else that a seed decides
+            for module in scorer.modules():
+                if callable(initialise := getattr(module, "init_weights", None)):
+                    initialise(nn.init)
+        return scorer
 
 
 class LearnedEviction(SoftmaxAttention):
@@ -131,16 +136,15 @@ class LearnedEviction(SoftmaxAttention):
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
-        if options.scorer_sharing == "all":
-            return
-        self.router = options.build_scorer()
-        with torch.random.fork_rng(devices=[]):  # a scorer's own start, which moves nothing else that a seed decides
-            for module in self.router.modules():
-                if callable(initialise := getattr(module, "init_weights", None)):
-                    initialise(nn.init)
+        if options.scorer_sharing != "all":
+            self.router = options.build_scorer()
 
     def use_scorer(self, scorer: ConvScorer) -> None:
-        """Score with a network that belongs to the whole model (scorer_sharing "all"), not to this layer."""
+        """Score with a network that belongs to the whole model, not to this layer; scorer_sharing "all" asks for it.
+
+        `HybridForCausalLM` sees to it. In a model of your own make one by `options.build_scorer()`, let it be a
+        submodule of the model, and give it to every layer.
+        """
         object.__setattr__(self, "router", scorer)  # not a submodule: its weights are the model's, and saved there
 
     @classmethod

@@ -76,7 +76,8 @@ class ConvScorer(nn.Module):
         if length == self.receptive_field and plain and valid.is_contiguous():
             layers = [*self.conv_stack.convs, self.conv_stack.proj]
             if one_token.serves(features, *self.conv_stack.parameters()):
-                return one_token.score(features, valid, layers, self.shared, self.threshold).unsqueeze(1)
+                scores = one_token.score(features, valid, layers, self.shared, self.causal, self.threshold)
+                return scores.unsqueeze(1)
         x = features.permute(2, 0, 1, 3)  # [Hkv, B, time, channels]
         if self.shared:
             x = x.reshape(1, heads * batch, length, channels)

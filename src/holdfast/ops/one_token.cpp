@@ -159,20 +159,22 @@ void holdfast_delta(const float* q, const float* k, const float* v, const float*
   }
 }
 
-// The score of the middle one of `length` tokens: features [batch, length, heads, channels]; where valid [batch, length]
-// is false, every layer but the last reads zeros; valid_stride is 0 if one row holds for all. weights[l] [heads or 1, outputs, inputs, kernels[l]], the last one the map
+// The score of the middle one of `length` tokens, or with `causal`, where each tap lies in the past, of the last one:
+// features [batch, length, heads, channels]; where valid [batch, length] is false, every layer but the last reads zeros; valid_stride is 0 if one row holds for all. weights[l] [heads or 1, outputs, inputs, kernels[l]], the last one the map
 // to a logit (kernel 1); biases likewise. out [batch, heads].
 void holdfast_score(const float* features, const bool* valid, const float* const* weights, const float* const* biases,
                     const int64_t* kernels, const int64_t* dilations, const int64_t* outputs, int64_t layers,
                     int64_t valid_stride, int64_t batch, int64_t length, int64_t heads, int64_t channels,
-                    int64_t shared, float threshold, float* out) {
+                    int64_t shared, int64_t causal, float threshold, float* out) {
+  const int64_t scored = causal ? length - 1 : length / 2;
+  const auto ahead = [&](int64_t kernel) { return causal ? kernel - 1 : kernel / 2; };
   // Which tokens each layer must answer for, the last layer first: with dilation, not all.
   std::vector<std::vector<int64_t>> needed(layers + 1);
-  needed[layers] = {length / 2};
+  needed[layers] = {scored};
   for (int64_t l = layers - 1; l >= 0; --l) {
     for (const int64_t token : needed[l + 1])
       for (int64_t tap = 0; tap < kernels[l]; ++tap)
-        needed[l].push_back(token + (tap - kernels[l] / 2) * dilations[l]);
+        needed[l].push_back(token + (tap - ahead(kernels[l])) * dilations[l]);
     std::sort(needed[l].begin(), needed[l].end());
     needed[l].erase(std::unique(needed[l].begin(), needed[l].end()), needed[l].end());
   }
@@ -189,7 +191,7 @@ void holdfast_score(const float* features, const bool* valid, const float* const
       taps.assign(count * size, 0.0f);
       for (int64_t t = 0; t < count; ++t)
         for (int64_t tap = 0; tap < kernel; ++tap) {
-          const int64_t token = needed[l + 1][t] + (tap - kernel / 2) * dilations[l];
+          const int64_t token = needed[l + 1][t] + (tap - ahead(kernel)) * dilations[l];
           if (l + 1 < layers && !valid[b * valid_stride + token]) continue;
           for (int64_t c = 0; c < width; ++c) taps[t * size + c * kernel + tap] = inputs[token * channels + c];
         }
@@ -203,7 +205,7 @@ void holdfast_score(const float* features, const bool* valid, const float* const
       std::swap(inputs, results);
       width = outputs[l];
     }
-    out[row] = sigmoid(inputs[length / 2 * channels]) - threshold;
+    out[row] = sigmoid(inputs[scored * channels]) - threshold;
   }
 }
 

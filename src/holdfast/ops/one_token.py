@@ -32,7 +32,7 @@ _SIGNATURES = {
     "holdfast_convolve": [_P] * 5 + [_I] * 4,
     "holdfast_delta": [_P] * 8 + [_I] * 5 + [_F],
     "holdfast_rotate": [_P] * 4 + [_I] * 3,
-    "holdfast_score": [_P] * 7 + [_I] * 7 + [_F, _P],
+    "holdfast_score": [_P] * 7 + [_I] * 8 + [_F, _P],
     "holdfast_step": [_P] * 11 + [_I] * 7 + [_F] + [_I] * 2,
 }
 
@@ -89,8 +89,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def score(features: Tensor, valid: Tensor, convolutions: Sequence[nn.Conv2d], shared: bool, threshold: float) -> Tensor:
+def score(
+    features: Tensor, valid: Tensor, convolutions: Sequence[nn.Conv2d], shared: bool, causal: bool, threshold: float
+) -> Tensor:
     """Scores [B, Hkv] of the middle tokens of features [B, R, Hkv, 2D] by grouped convolutions, the last to a logit.
+
+    With `causal` of the last tokens: all taps lie in the past.
 
     valid: bool [B or 1, R]; elsewhere every convolution reads zeros.
     """
@@ -103,7 +107,7 @@ def score(features: Tensor, valid: Tensor, convolutions: Sequence[nn.Conv2d], sh
     dilations = (_I * count)(*(conv.dilation[1] for conv in convolutions))
     outputs = (_I * count)(*(conv.out_channels // conv.groups for conv in convolutions))
     stride = length if valid.shape[0] == batch else 0
-    sizes = (count, stride, batch, length, heads, channels, shared)
+    sizes = (count, stride, batch, length, heads, channels, shared, causal)
     _call("holdfast_score", features, valid, weights, biases, kernels, dilations, outputs, *sizes, threshold, out)
     return out
 
