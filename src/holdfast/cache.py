@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from holdfast.mixers import MIXERS, MixerState
+from holdfast.mixers.state import writable
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class HybridCache(Cache):
     """What a model remembers. It is a value: measured in bytes, copied, saved, restored, reordered, selected by rows.
 
-    A call advances it in place. Gradients pass through one call; autograd refuses to go back through a state that a
-    later call has overwritten.
+    A call advances it in place. Gradients do not pass from one call to the next: what a call finds in the cache is
+    constant to it.
 
     Args:
         config: of the model. States are allocated at the first forward pass, or by `allocate`.
@@ -43,14 +44,23 @@ class HybridCache(Cache):
         Raises:
             ValueError: if the cache already holds another batch size.
         """
+        self.begin_call(batch_size, device)
+        for layer in self.layers:
+            layer.allocate(batch_size, dtype, device)
+
+    def begin_call(self, batch_size: int, device: torch.device | str) -> None:
+        """Prepare the row counts for a call; each layer prepares its own state, where it computes.
+
+        Raises:
+            ValueError: if the cache already holds another batch size.
+        """
         if self.seen is None:
             self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
         if len(self.seen) != batch_size:
             raise ValueError(
                 f"the cache holds {len(self.seen)} rows, the input has {batch_size}; use cache.select_rows"
             )
-        for layer in self.layers:
-            layer.allocate(batch_size, dtype, device)
+        self.seen = writable(self.seen, device)
 
     @property
     def nbytes(self) -> int:

@@ -107,7 +107,7 @@ class GatedDeltaNet(TokenMixer):
             v,
             decay,
             beta,
-            initial_state=None if past is None else past.recurrent,
+            initial_state=None if past is None else _kept_for_backward(past.recurrent, q),
             output_final_state=past is not None,
             cu_seqlens=layout.cu_seqlens,
         )
@@ -171,6 +171,11 @@ class GatedDeltaNetState(MixerState):
             "conv_k": TensorSpec((batch_size, keys, width), dtype),
             "conv_v": TensorSpec((batch_size, values, width), dtype),
         }
+
+
+def _kept_for_backward(recurrent: Tensor, q: Tensor) -> Tensor:
+    """The state as a call finds it; a copy where the backward pass reads it after the call has overwritten it."""
+    return recurrent.clone() if torch.is_grad_enabled() and q.requires_grad else recurrent
 
 
 class _ShortConvolution(nn.Module):
