@@ -74,3 +74,26 @@ def test_a_cache_filled_in_inference_mode_serves_outside(small_model: ModelFacto
     with torch.inference_mode():
         model(ids[:, :1], past_key_values=cache)
     model(ids[:, :3], past_key_values=cache).logits.sum().backward()
+
+
+@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_cache_of_another_dtype(small_model: ModelFactory, mixer: str, autocast: bool, length: int) -> None:
+    """A cache in fp32 under bf16, by autocast or of the model: as close to fp32 as bf16 is."""
+    model, ids = small_model(mixer), random_ids(2, 24)
+    mask = torch.ones(2, 20 + length, dtype=torch.long)
+    if length > 1:
+        mask[1, 20] = 0
+    cache = HybridCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        snapshot = cache.snapshot()
+        rest = {"input_ids": ids[:, 20 : 20 + length], "attention_mask": mask, "past_key_values": cache}
+        expected = model(**rest).logits
+        cache.restore(snapshot)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = (model if autocast else model.bfloat16())(**rest).logits
+    assert found.dtype == torch.bfloat16
+    real = mask[:, -length:].bool()
+    assert (found.float() - expected)[real].norm() < 0.05 * expected[real].norm()

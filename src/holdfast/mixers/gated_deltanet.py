@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
-from holdfast.mixers.layout import TokenLayout, pads_first
+from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import gated_rms_norm, l2_norm
@@ -146,7 +146,7 @@ class GatedDeltaNet(TokenMixer):
             out, latest = short_convolution(x, weight, memory)
         else:
             width = memory.shape[2]
-            joined = pads_first(torch.cat([memory.transpose(1, 2), x], dim=1), width, layout.num_pads)
+            joined = join_past(memory.transpose(1, 2), x, layout.num_pads)
             before, x = joined[:, :width].transpose(1, 2), joined[:, width:]
             out, latest = short_convolution(x, weight, before)
         memory.copy_(latest)
