@@ -125,6 +125,8 @@ class HybridCache(Cache):
             dtype = next((t.dtype for name, t in part.items() if name in ("keys", "conv_q")), torch.float32)
             state.restore(part, dtype, device or (snapshot["seen"].device if snapshot else "cpu"))
             restored.append(state)
+        if snapshot:
+            _check_agreement(restored, snapshot["seen"])
         self.layers = restored
         self.seen = snapshot["seen"].to(device or snapshot["seen"].device, copy=True) if snapshot else None
 
@@ -152,3 +154,18 @@ class HybridCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: see `MixerState.crop`."""
         self.layers[0].crop(0)
+
+
+def _check_agreement(layers: list[MixerState], seen: Tensor) -> None:
+    """Refuse the layers of a snapshot that hold other rows than `seen`, or other columns than the first."""
+    if seen.dim() != 1 or seen.dtype != torch.int64:
+        raise ValueError(f"the snapshot's 'seen' must be [B] int64, got {list(seen.shape)} {seen.dtype}")
+    for index, layer in enumerate(layers):
+        rows = len(next(iter(layer.tensors.values())))
+        if rows != len(seen):
+            raise ValueError(f"the snapshot contradicts itself: layer {index} has {rows} rows, 'seen' has {len(seen)}")
+        if layer.columns != layers[0].columns:
+            raise ValueError(
+                f"the snapshot contradicts itself: layer {index} has read {layer.columns} columns, "
+                f"layer 0 has read {layers[0].columns}"
+            )
