@@ -236,3 +236,25 @@ def test_an_incomplete_snapshot_is_refused_by_name(missing: str, small_model: Ca
     with pytest.raises(ValueError, match="incomplete"):
         cache.restore(snapshot)
     assert cache.columns == 9
+
+
+@pytest.mark.parametrize("fault", ["rows", "columns", "seen"])
+def test_a_snapshot_that_contradicts_itself_is_refused(
+    fault: str, small_model: Callable[..., HybridForCausalLM]
+) -> None:
+    model = small_model()
+    cache, other = HybridCache(model.config), HybridCache(model.config)
+    with torch.no_grad():
+        model(random_ids(2, 9), past_key_values=cache)
+        model(random_ids(1, 9), past_key_values=other)
+    snapshot, single = cache.snapshot(), other.snapshot()
+    if fault == "rows":
+        snapshot |= {name: tensor for name, tensor in single.items() if name.startswith("layers.0.")}
+    elif fault == "columns":
+        snapshot["layers.1.columns"] = torch.tensor(8)
+    else:
+        snapshot["seen"] = single["seen"]
+    with pytest.raises(ValueError, match="contradicts itself: layer"):
+        cache.restore(snapshot)
+    assert cache.columns == 9
+    assert cache.seen.tolist() == [9, 9]

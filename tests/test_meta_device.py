@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holdfast import HybridForCausalLM
+from holdfast import HybridCache, HybridForCausalLM
 from holdfast.mixers import MIXERS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -29,3 +29,15 @@ def test_every_weight_is_drawn_and_the_seed_says_which(tied, small_config):
     for name, tensor in expected.items():
         assert tensor.isfinite().all(), name
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_model_runs_on_the_meta_device(mixer, small_model):
+    """Shapes without arithmetic, for whoever plans memory."""
+    model = small_model(mixer).to("meta")
+    cache = HybridCache(model.config)
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        assert model(ids, use_cache=False).logits.shape == (2, 9, 100)
+        assert model(ids, past_key_values=cache).logits.shape == (2, 9, 100)
+        assert model(ids[:, :1], past_key_values=cache).logits.shape == (2, 1, 100)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from holdfast.mixers import MIXERS, MixerState
+from holdfast.mixers.state import writable
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class HybridCache(Cache):
     """What a model remembers. It is a value: measured in bytes, copied, saved, restored, reordered, selected by rows.
 
-    A call advances it in place. Gradients pass through one call; autograd refuses to go back through a state that a
-    later call has overwritten.
+    A call advances it in place. Gradients do not pass from one call to the next: what a call finds in the cache is
+    constant to it.
 
     Args:
         config: of the model. States are allocated at the first forward pass, or by `allocate`.
@@ -43,14 +44,23 @@ class HybridCache(Cache):
         Raises:
             ValueError: if the cache already holds another batch size.
         """
+        self.begin_call(batch_size, device)
+        for layer in self.layers:
+            layer.allocate(batch_size, dtype, device)
+
+    def begin_call(self, batch_size: int, device: torch.device | str) -> None:
+        """Prepare the row counts for a call; each layer prepares its own state, where it computes.
+
+        Raises:
+            ValueError: if the cache already holds another batch size.
+        """
         if self.seen is None:
             self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
         if len(self.seen) != batch_size:
             raise ValueError(
                 f"the cache holds {len(self.seen)} rows, the input has {batch_size}; use cache.select_rows"
             )
-        for layer in self.layers:
-            layer.allocate(batch_size, dtype, device)
+        self.seen = writable(self.seen, device)
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +125,8 @@ class HybridCache(Cache):
             dtype = next((t.dtype for name, t in part.items() if name in ("keys", "conv_q")), torch.float32)
             state.restore(part, dtype, device or (snapshot["seen"].device if snapshot else "cpu"))
             restored.append(state)
+        if snapshot:
+            _check_agreement(restored, snapshot["seen"])
         self.layers = restored
         self.seen = snapshot["seen"].to(device or snapshot["seen"].device, copy=True) if snapshot else None
 
@@ -142,3 +154,18 @@ class HybridCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: see `MixerState.crop`."""
         self.layers[0].crop(0)
+
+
+def _check_agreement(layers: list[MixerState], seen: Tensor) -> None:
+    """Refuse the layers of a snapshot that hold other rows than `seen`, or other columns than the first."""
+    if seen.dim() != 1 or seen.dtype != torch.int64:
+        raise ValueError(f"the snapshot's 'seen' must be [B] int64, got {list(seen.shape)} {seen.dtype}")
+    for index, layer in enumerate(layers):
+        rows = len(next(iter(layer.tensors.values())))
+        if rows != len(seen):
+            raise ValueError(f"the snapshot contradicts itself: layer {index} has {rows} rows, 'seen' has {len(seen)}")
+        if layer.columns != layers[0].columns:
+            raise ValueError(
+                f"the snapshot contradicts itself: layer {index} has read {layer.columns} columns, "
+                f"layer 0 has read {layers[0].columns}"
+            )

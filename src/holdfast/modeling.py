@@ -122,6 +122,8 @@ class HybridBlock(GradientCheckpointingLayer):
                 output.writes_residual = True  # type: ignore[union-attr]
 
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
+        if state is not None:
+            state.begin_call(hidden.shape[0], projected_dtype(hidden), hidden.device)
         mixed = self.attn(self.attn_norm(hidden), layout, state)
         hidden = hidden + mixed.hidden
         return mixed._replace(hidden=hidden + self.mlp(self.mlp_norm(hidden)))
@@ -220,7 +222,7 @@ class HybridModel(HybridPreTrainedModel):
         if cache is None and use_cache:
             cache = HybridCache(self.config)
         if cache is not None:
-            cache.allocate(hidden.shape[0], projected_dtype(hidden), hidden.device)
+            cache.begin_call(hidden.shape[0], hidden.device)
         return cache
 
     def _arrange(

@@ -92,7 +92,8 @@ def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear
 def projected_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype that a projection of `hidden` has: the same, or that of autocast."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if hidden.dtype != torch.float64 and autocast:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
-from holdfast.mixers.layout import TokenLayout, pads_first
+from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import gated_rms_norm, l2_norm
@@ -107,7 +107,7 @@ class GatedDeltaNet(TokenMixer):
             v,
             decay,
             beta,
-            initial_state=None if past is None else past.recurrent,
+            initial_state=None if past is None else _kept_for_backward(past.recurrent, q),
             output_final_state=past is not None,
             cu_seqlens=layout.cu_seqlens,
         )
@@ -146,7 +146,7 @@ class GatedDeltaNet(TokenMixer):
             out, latest = short_convolution(x, weight, memory)
         else:
             width = memory.shape[2]
-            joined = pads_first(torch.cat([memory.transpose(1, 2), x], dim=1), width, layout.num_pads)
+            joined = join_past(memory.transpose(1, 2), x, layout.num_pads)
             before, x = joined[:, :width].transpose(1, 2), joined[:, width:]
             out, latest = short_convolution(x, weight, before)
         memory.copy_(latest)
@@ -171,6 +171,11 @@ class GatedDeltaNetState(MixerState):
             "conv_k": TensorSpec((batch_size, keys, width), dtype),
             "conv_v": TensorSpec((batch_size, values, width), dtype),
         }
+
+
+def _kept_for_backward(recurrent: Tensor, q: Tensor) -> Tensor:
+    """The state as a call finds it; a copy where the backward pass reads it after the call has overwritten it."""
+    return recurrent.clone() if torch.is_grad_enabled() and q.requires_grad else recurrent
 
 
 class _ShortConvolution(nn.Module):

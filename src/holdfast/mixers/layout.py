@@ -165,6 +165,14 @@ def pads_first(rows: Tensor, num_past: int, num_pads: Tensor | None) -> Tensor:
     return rows.gather(1, order.view(*order.shape, *[1] * (rows.dim() - 2)).expand_as(rows))
 
 
+def join_past(past: Tensor, rows: Tensor, num_pads: Tensor | None) -> Tensor:
+    """The rows [B, P, ...] of a state, cast to the dtype of a call's rows [B, T, ...], in front of its tokens.
+
+    The call's pads, `num_pads` [B] of them, come first (`pads_first`).
+    """
+    return pads_first(torch.cat([past.to(rows.dtype), rows], dim=1), past.shape[1], num_pads)
+
+
 def left_aligned_order(mask: Tensor) -> Tensor:
     """Column order [B, T] that moves the pads (False in `mask` [B, T]) of every row in front of its tokens."""
     return mask.to(torch.uint8).argsort(dim=1, stable=True)

@@ -67,7 +67,8 @@ class NativeSparseAttention(SoftmaxAttention):
         if isinstance(state, NativeSparseState):
             state.append(k, v, layout)
             if not layout.fresh:
-                k, v, compressed = state.pairs(layout.length)
+                keys, values, compressed = state.pairs(layout.length)
+                k, v = keys.to(k.dtype), values.to(v.dtype)
                 lengths = layout.seen + layout.num_real
         out, blocks = native_sparse_attention(
             q,

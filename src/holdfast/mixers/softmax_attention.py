@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
-from holdfast.mixers.layout import TokenLayout, pads_first
+from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.mixers.window_state import PastRows, WindowState
 from holdfast.ops.retained_attention import retained_attention
@@ -189,12 +189,7 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
         chunk = torch.zeros_like(positions, dtype=torch.float32) if scores is None else scores[:, -k.shape[1] :]
         return PastRows(k, v, chunk, positions)
     past, pads = state.past_rows(), layout.num_pads
-    num_past = past.keys.shape[1]
-
-    def join(old: Tensor, new: Tensor) -> Tensor:
-        return pads_first(torch.cat([old.to(new.dtype), new], dim=1), num_past, pads)
-
-    joined = join(past.scores, torch.zeros_like(positions, dtype=torch.float32))
+    joined = join_past(past.scores, torch.zeros_like(positions, dtype=torch.float32), pads)
     if scores is not None:
         latest = joined[:, -scores.shape[1] :]
         if pads is not None:
@@ -202,7 +197,8 @@ def gather_rows(k: Tensor, v: Tensor, scores: Tensor | None, layout: TokenLayout
             index = torch.arange(scores.shape[1], device=scores.device)
             scores = torch.where((index < pads.unsqueeze(1)).unsqueeze(2), latest, scores)
         joined = torch.cat([joined[:, : -scores.shape[1]], scores], dim=1)
-    return PastRows(join(past.keys, k), join(past.values, v), joined, join(past.positions, positions))
+    keys, values = join_past(past.keys, k, pads), join_past(past.values, v, pads)
+    return PastRows(keys, values, joined, join_past(past.positions, positions, pads))
 
 
 class FullState(MixerState):

@@ -75,6 +75,16 @@ class MixerState(CacheLayerMixin):
         self.dtype, self.device = dtype, torch.device(device)
         self.is_initialized = True
 
+    def begin_call(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make the tensors ready to be advanced in place by a layer on `device`; allocate them at the first call.
+
+        They are cut off from the graph of earlier calls, which would otherwise live as long as the state. Memory stays
+        where it is, but for a copy of tensors made under `torch.inference_mode` or held on another device.
+        """
+        self.allocate(batch_size, dtype, device)
+        self.tensors = {name: writable(tensor, device) for name, tensor in self.tensors.items()}
+        self.device = torch.device(device)
+
     def advance(self, columns: int) -> None:
         """Count the columns of a call; the mixer calls it once its tensors are up to date."""
         self.columns += columns
@@ -167,3 +177,11 @@ class MixerState(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move the tensors back to their device."""
         self.tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.tensors.items()}
+
+
+def writable(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, without a graph, and such that it can be written in place here; a copy only if needed."""
+    tensor = tensor.detach().to(device)
+    if torch.compiler.is_compiling():  # which reads no inference tensors outside inference mode
+        return tensor
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.mixers.layout import TokenLayout, pads_first
+from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.ops.window_step import EMPTY, Slots, ring_positions, window_step
 
@@ -132,8 +132,7 @@ class WindowState(MixerState):
 
     def extended_tail(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """The scorer's inputs [B, R − 1 + T, Hkv, 2D]: the latest of the past, then `features` of this call."""
-        joined = torch.cat([self.tail, features], dim=1)
-        return pads_first(joined, self.receptive_field - 1, layout.num_pads)
+        return join_past(self.tail, features, layout.num_pads)
 
     def step(
         self, q: Tensor, key: Tensor, value: Tensor, score: Tensor | None, sinks: int, layout: TokenLayout

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from holdfast.ops.precision import without_autocast
 from holdfast.ops.retained_attention.blocked import retained_attention_blocked
 from holdfast.ops.retained_attention.reference import retained_attention_reference
 from holdfast.ops.retained_attention.triton import is_available, retained_attention_triton, supports
@@ -81,7 +82,7 @@ def retained_attention(
         raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Autocast would lower the scores to 16 bits.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return BACKENDS[backend or _fastest(q, k, v, visible_until, window)](q, k, v, visible_until, window, scale)
 
 
