@@ -71,9 +71,7 @@ class ConvScorer(nn.Module):
             [B, T, Hkv] fp32 scores σ(logit) − threshold. O(T · R · D²) time, O(T · D) memory.
         """
         batch, length, heads, channels = features.shape
-        # The C++ has the token in the middle of its neighbours.
-        plain = not self.causal and not (self.training and self.dropout)
-        if length == self.receptive_field and plain and valid.is_contiguous():
+        if length == self.receptive_field and not (self.training and self.dropout) and valid.is_contiguous():
             layers = [*self.conv_stack.convs, self.conv_stack.proj]
             if one_token.serves(features, *self.conv_stack.parameters()):
                 scores = one_token.score(features, valid, layers, self.shared, self.causal, self.threshold)
