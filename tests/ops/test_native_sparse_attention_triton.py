@@ -130,6 +130,18 @@ def test_a_step_of_rows_of_other_lengths_in_keys_that_are_whole_blocks() -> None
     assert not out[1, :1].any()
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # of what nobody sees, in the interpreter
+@pytest.mark.usefixtures("many_programs")
+def test_a_step_whose_keys_and_means_are_divided() -> None:
+    """70 means, 60 chosen keys and a window of 50, in tiles of 32."""
+    q, k, v, gates = (tensor.detach() for tensor in tensors(70, 1))
+    lengths = torch.tensor([69], device=DEVICE)
+    attend = functools.partial(native_sparse_attention, block_size=1, num_blocks=60, window=50, lengths=lengths)
+    (out, blocks), (expected, chosen) = (attend(q, k, v, gates, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(blocks, chosen)
+
+
 def test_a_step_in_halves_with_means_in_float32() -> None:
     q, k, v, gates = (tensor.detach() for tensor in tensors(30, 1, dim=20, dtype=torch.bfloat16))
     means = tuple(x.double().unflatten(1, (-1, 5)).mean(2) for x in (k, v))
@@ -374,4 +386,4 @@ def test_every_device_has_sizes() -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for dim in (1, 16, 65, 256):
                 sizes = sizes_for(kind, dtype, dim)
-                assert min(sizes.listed.queries, sizes.choice.queries, sizes.means.of_keys.queries) >= 16
+                assert min(sizes.listed.queries, sizes.choice.queries, sizes.of_keys.queries) >= 16

@@ -146,6 +146,7 @@ def run_key_gradient(
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values of chosen blocks, contiguous, in the shapes and dtypes of k and v."""
+    tile = shape.within_block(tile)
     dk_parts, dv_parts = (x.new_empty(segments.most, shape.block_size, x.shape[3], dtype=torch.float32) for x in (k, v))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     tiles_of_block = -(-shape.block_size // tile.keys)
@@ -197,7 +198,7 @@ def key_gradient_kernel(
         place = start + tl.arange(0, BLOCK_M) // GROUP_BLOCK
         if LISTED:
             user = tl.load(order + place, mask=place < end, other=0) // NUM_BLOCKS
-            number = (user // kv_heads % queries).to(tl.int32)
+            number = user.to(tl.int32) // kv_heads % queries  # a division of 64 bits would be a call
         else:
             number = place
             user = users_of(row, number, queries, kv_heads)
@@ -219,7 +220,7 @@ def key_gradient_kernel(
 def _segment(starts, first, owner, keys, segment_size, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The row, the keys and their places among the parts, and the users of this program's segment."""
     segment, blocks = tl.program_id(0), tl.cdiv(keys, BLOCK_SIZE)
-    block = tl.load(owner + segment)  # of all rows
+    block = tl.load(owner + segment).to(tl.int32)  # of all rows
     offset = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.load(starts + block) + (segment - tl.load(first + block)) * segment_size
     end = tl.minimum(begin + segment_size, tl.load(starts + block + 1))

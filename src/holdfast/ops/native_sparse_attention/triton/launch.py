@@ -86,6 +86,10 @@ class Shape:
         """The tile for programs of one query each: its heads, as many as a matrix product takes or more."""
         return replace(tile, queries=min(padded(self.groups), tile.queries))
 
+    def within_block(self, tile: Tile) -> Tile:
+        """The tile with no more keys than a block has."""
+        return replace(tile, keys=min(tile.keys, padded(self.block_size)))
+
     def constants(self, tile: Tile, *, single: bool = False) -> dict[str, Any]:
         """The compile-time arguments that all attention kernels share; `single`: a tile is the heads of one query."""
         group_block = tile.queries if single else self.group_block(tile)

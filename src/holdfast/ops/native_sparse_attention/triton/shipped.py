@@ -60,7 +60,10 @@ def _attention_kernels(kind: str, targets: tuple[str, ...], dtype: torch.dtype, 
     yield shipped("step_choose", choose, few, _FP32_MEANS, **choice)
     yield shipped("query_gradient_means", backward.query_gradient_kernel, sizes.means.of_queries, {}, LISTED=False)
     yield shipped("query_gradient_blocks", backward.query_gradient_kernel, single, {}, LISTED=True)
-    for name, tile, listed in (("means", sizes.means.of_keys, False), ("blocks", sizes.of_keys, True)):
+    for name, tile, listed in (
+        ("means", sizes.means.of_keys, False),
+        ("blocks", shape.within_block(sizes.of_keys), True),
+    ):
         yield shipped(f"key_gradient_{name}", backward.key_gradient_kernel, tile, _FP32_PARTS, LISTED=listed)
 
 

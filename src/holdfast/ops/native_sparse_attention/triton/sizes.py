@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from holdfast.ops.retained_attention.triton.sizes import Tile, Tiles, tiles_for
+from holdfast.ops.retained_attention.triton.sizes import Tile, Tiles, padded, tiles_for
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,8 +35,16 @@ _LISTED = {
     4: {64: Tile(32, 32, 4, 2), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
 }
 _CHOICE = {
-    2: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
+    2: {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 4, 2)},
     4: {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# By device, bytes of the dtype and padded head size, where those for means would spill, as a list of users takes
+# registers too, or would be longer than a block.
+_OF_KEYS = {
+    ("large", 2, 128): Tile(64, 64, 8, 2),
+    ("large", 4, 128): Tile(16, 32, 8, 2),
+    ("medium", 2, 64): Tile(64, 32, 8, 2),
+    ("medium", 4, 128): Tile(16, 32, 8, 2),
 }
 
 
@@ -50,7 +58,5 @@ def sizes_for(kind: str, dtype: torch.dtype, dim: int) -> Sizes:
     )
     if kind == "small":
         listed, choice = (replace(tile, num_stages=1) for tile in (listed, choice))
-    of_keys = found.of_keys
-    if kind == "medium" and dtype.itemsize == 2 and dim <= 64:
-        of_keys = replace(of_keys, num_warps=8)  # the list of users takes registers too
+    of_keys = _OF_KEYS.get((kind, dtype.itemsize, padded(dim, 64)), found.of_keys)
     return Sizes(found, of_keys, listed, choice)
