@@ -34,9 +34,9 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
 AUTO_FILE = "holdfast_auto.py"
 AUTO_CODE = '''"""For transformers' Auto classes with trust_remote_code=True; the code is in the package holdfast."""
 
-from holdfast import HybridConfig, HybridForCausalLM
+from holdfast import HybridConfig, HybridForCausalLM, HybridModel
 
-__all__ = ["HybridConfig", "HybridForCausalLM"]
+__all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 '''
 """Saved beside every configuration, so that programs that do not import holdfast can load the model where it is
 installed."""
@@ -126,6 +126,7 @@ class HybridConfig(PreTrainedConfig):
         module = AUTO_FILE.removesuffix(".py")
         self.auto_map = {
             "AutoConfig": f"{module}.HybridConfig",
+            "AutoModel": f"{module}.HybridModel",
             "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
         }
         with replacing(Path(save_directory) / AUTO_FILE) as temporary:

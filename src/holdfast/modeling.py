@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
+from holdfast.inputs import check_inputs, check_labels, require_hybrid_cache
 from holdfast.loading import load_checked
 from holdfast.mixers import MIXERS, LearnedEviction, MixerOutput, MixerState, TokenLayout, TokenMixer
 from holdfast.mixers.base import projected_dtype
@@ -132,6 +133,8 @@ class HybridBlock(GradientCheckpointingLayer):
 class HybridModel(HybridPreTrainedModel):
     """The stack of blocks, without the language-model head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (a language model's checkpoint serves)
+
     l1_lambda: Tensor
     num_kept: Tensor
 
@@ -171,8 +174,7 @@ class HybridModel(HybridPreTrainedModel):
         output_selection: bool = False,
     ) -> HybridModelOutput:
         """Run the blocks. Arguments as in `HybridForCausalLM.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -204,7 +206,7 @@ class HybridModel(HybridPreTrainedModel):
     def _cache(
         self, cache: HybridCache | None, use_cache: bool | None, cu_seqlens: Tensor | None, hidden: Tensor
     ) -> HybridCache | None:
-        _require_hybrid_cache(cache)
+        require_hybrid_cache(cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cu_seqlens is not None:
@@ -314,6 +316,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             ValueError: for arguments that exclude each other or do not fit.
         """
         self._refuse_attentions(output_attentions)
+        check_labels(labels, input_ids, inputs_embeds)
         returned = {"output_hidden_states": output_hidden_states, "output_selection": output_selection}
         outputs = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, **returned
@@ -356,7 +359,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if (given := model_kwargs.get("past_key_values")) is not None:
-            _require_hybrid_cache(given)
+            require_hybrid_cache(given)
             given._is_user_defined = True  # generate then leaves it whole
             return
         if generation_config.use_cache is False:
@@ -367,11 +370,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 "what each mixer needs, of fixed size wherever the mixer allows; leave the setting out"
             )
         model_kwargs["past_key_values"] = HybridCache(self.config)
-
-
-def _require_hybrid_cache(cache: Any) -> None:
-    if cache is not None and not isinstance(cache, HybridCache):
-        raise ValueError(f"past_key_values must be a holdfast.HybridCache(config), got a {type(cache).__name__}")
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
