@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
@@ -29,9 +30,11 @@ from holdfast.mixers.layout import (
     real_columns,
     restore_order,
 )
-from holdfast.mixers.penalty import count_kept, retention_penalty
+from holdfast.mixers.penalty import Float32Buffers, count_kept, retention_penalty
 from holdfast.ops.norms import rms_norm
 from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
+
+logger = logging.get_logger(__name__)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -130,7 +133,7 @@ class HybridBlock(GradientCheckpointingLayer):
         return mixed._replace(hidden=hidden + self.mlp(self.mlp_norm(hidden)))
 
 
-class HybridModel(HybridPreTrainedModel):
+class HybridModel(Float32Buffers, HybridPreTrainedModel):
     """The stack of blocks, without the language-model head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (a language model's checkpoint serves)
@@ -207,15 +210,22 @@ class HybridModel(HybridPreTrainedModel):
         self, cache: HybridCache | None, use_cache: bool | None, cu_seqlens: Tensor | None, hidden: Tensor
     ) -> HybridCache | None:
         require_hybrid_cache(cache)
+        asked = use_cache is True
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens packs whole documents and cannot be combined with past_key_values")
+            if asked:
+                raise ValueError("cu_seqlens packs whole documents, of which no cache can be made: leave use_cache out")
             return None
         if self.training and self.gradient_checkpointing:
             if cache is not None:
                 raise ValueError("gradient checkpointing would advance past_key_values twice: leave the cache out")
+            if asked:
+                logger.warning_once(
+                    "`use_cache=True` is incompatible with gradient checkpointing: no cache is returned"
+                )
             return None
         if cache is None and use_cache:
             cache = HybridCache(self.config)
@@ -251,10 +261,9 @@ class HybridModel(HybridPreTrainedModel):
     def _retention(self, scores: list[Tensor], layout: TokenLayout, order: Tensor | None) -> RetentionOutput:
         reach = self.eviction_layers()[0].router.reach
         penalised = layout.followed_by(reach)
-        sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
         return RetentionOutput(
             scores=tuple(restore_order(s, order) for s in scores),
-            kept=count_kept(scores, penalised, sequences),
+            kept=count_kept(scores, penalised, layout.num_sequences),
             penalised=restore_order(penalised, order),
         )
 

@@ -89,6 +89,11 @@ class TokenLayout:
         return self.real.sum(dim=1)
 
     @_once
+    def num_sequences(self) -> int | Tensor:
+        """Rows, or packed documents that hold a token (a scalar int64 tensor)."""
+        return self.batch_size if self.cu_seqlens is None else count_documents(self.cu_seqlens)
+
+    @_once
     def token_positions(self) -> Tensor:
         """[B, T] int64: `positions`, with −1 at pads."""
         return self.positions if self.real is None else self.positions.masked_fill(~self.real, -1)
@@ -195,6 +200,11 @@ def checked_cu_seqlens(cu_seqlens: Tensor, batch_size: int, length: int) -> Tens
         if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {ends}")
     return cu_seqlens
+
+
+def count_documents(cu_seqlens: Tensor) -> Tensor:
+    """Packed documents that hold a token, a scalar int64 tensor; packing may leave empty ones."""
+    return (cu_seqlens.diff() > 0).sum()
 
 
 def document_of_column(cu_seqlens: Tensor, length: int) -> Tensor:
