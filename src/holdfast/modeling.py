@@ -128,7 +128,7 @@ class HybridBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
         if state is not None:
             state.begin_call(hidden.shape[0], projected_dtype(hidden), hidden.device)
-        mixed = self.attn(self.attn_norm(hidden), layout, state)
+        mixed = self.attn(self.attn_norm(hidden), layout.to(hidden.device), state)
         hidden = hidden + mixed.hidden
         return mixed._replace(hidden=hidden + self.mlp(self.mlp_norm(hidden)))
 
@@ -191,7 +191,7 @@ class HybridModel(Float32Buffers, HybridPreTrainedModel):
             every.append(hidden)
             hidden, block_scores, block_choice = block(hidden, layout, state)
             if block_scores is not None:
-                scores.append(block_scores)
+                scores.append(block_scores.to(layout.positions.device))
             if output_selection and block_choice is not None:
                 selection.append(block_choice)
         hidden = self.norm(hidden)
@@ -362,7 +362,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return like.new_zeros((), dtype=torch.float32)
         assert retention.scores is not None
         assert retention.penalised is not None
-        return retention_penalty(retention.scores, self.model.l1_lambda, retention.penalised)
+        penalised = retention.penalised.to(self.model.l1_lambda.device)
+        scores = [s.to(penalised.device) for s in retention.scores]
+        return retention_penalty(scores, self.model.l1_lambda, penalised).to(like.device)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -385,9 +387,10 @@ def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seq
     """Mean cross-entropy of labels[:, t + 1] given logits[:, t], fp32."""
     if logits.shape[1] != labels.shape[1]:
         raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
+    labels = labels.to(logits.device)
     targets = labels[:, 1:]
     if mask is not None:
-        real = mask[:, -labels.shape[1] :].bool()
+        real = mask[:, -labels.shape[1] :].to(logits.device).bool()
         targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
     if cu_seqlens is not None:
         begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)

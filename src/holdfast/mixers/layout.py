@@ -53,12 +53,25 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     fresh: bool = True
     _tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _elsewhere: dict[torch.device, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def whole(cls, batch_size: int, length: int, device: torch.device | str | None = None) -> TokenLayout:
         """The layout of B rows of T tokens, each a sequence from its start: no cache, no pads, no packing."""
         positions = torch.arange(length, device=device).expand(batch_size, -1)
         return cls(torch.zeros(batch_size, dtype=torch.long, device=device), positions)
+
+    def to(self, device: torch.device | str | int) -> TokenLayout:
+        """This layout on the device of a layer; moved once per forward pass and device."""
+        device = torch.device(device)
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            moved = [x if x is None else x.to(device) for x in (self.real, self.cu_seqlens)]
+            self._elsewhere[device] = TokenLayout(
+                self.seen.to(device), self.positions.to(device), *moved, fresh=self.fresh
+            )
+        return self._elsewhere[device]
 
     @property
     def batch_size(self) -> int:
@@ -179,7 +192,7 @@ def restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
     """Undo a column order [B, T] on columns [B, T, ...]; None returns them unchanged."""
     if order is None:
         return columns
-    inverse = order.argsort(dim=1)
+    inverse = order.to(columns.device).argsort(dim=1)
     return columns.gather(1, inverse.view(*inverse.shape, *[1] * (columns.dim() - 2)).expand_as(columns))
 
 
