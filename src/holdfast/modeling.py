@@ -362,9 +362,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return like.new_zeros((), dtype=torch.float32)
         assert retention.scores is not None
         assert retention.penalised is not None
-        penalised = retention.penalised.to(self.model.l1_lambda.device)
-        scores = [s.to(penalised.device) for s in retention.scores]
-        return retention_penalty(scores, self.model.l1_lambda, penalised).to(like.device)
+        l1_lambda = self.model.l1_lambda.to(retention.penalised.device)
+        return retention_penalty(retention.scores, l1_lambda, retention.penalised).to(like.device)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -67,9 +67,12 @@ class TokenLayout:
         if device == self.positions.device:
             return self
         if device not in self._elsewhere:
-            moved = [x if x is None else x.to(device) for x in (self.real, self.cu_seqlens)]
             self._elsewhere[device] = TokenLayout(
-                self.seen.to(device), self.positions.to(device), *moved, fresh=self.fresh
+                self.seen.to(device),
+                self.positions.to(device),
+                None if self.real is None else self.real.to(device),
+                None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+                self.fresh,
             )
         return self._elsewhere[device]
 
