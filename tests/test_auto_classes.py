@@ -7,18 +7,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from holdfast import HybridForCausalLM
+import pytest
+import torch
+from transformers import AutoModel
+
+from holdfast import HybridForCausalLM, HybridModel
 from holdfast.checkpoints import convert
 from holdfast.configuration import AUTO_FILE
 
 PROGRAM = """
 import sys
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 assert "holdfast" not in sys.modules
 source, target = sys.argv[1:]
+stack = AutoModel.from_pretrained(source, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
 model.save_pretrained(target)
-print(type(model).__module__, type(model).__name__)
+print(type(model).__module__, type(model).__name__, type(stack).__name__)
 """
 
 
@@ -29,7 +34,7 @@ def test_loading_where_holdfast_is_not_imported(small_model: Callable[..., Hybri
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == ["holdfast.modeling", "HybridForCausalLM"]
+    assert finished.stdout.split() == ["holdfast.modeling", "HybridForCausalLM", "HybridModel"]
     assert {path.name for path in target.glob("*.py")} == {AUTO_FILE}  # no sources are copied
     assert (target / "config.json").read_text() == (source / "config.json").read_text()
 
@@ -40,3 +45,14 @@ def test_the_published_format_has_none_of_it(small_model: Callable[..., HybridFo
     convert(source, target, format="published")
     assert not (target / AUTO_FILE).exists()
     assert "auto_map" not in json.loads((target / "config.json").read_text())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_stack_alone_loads_from_a_language_model(
+    tied: bool, small_model: Callable[..., HybridForCausalLM], tmp_path: Path
+) -> None:
+    model = small_model("full_attention", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    for stack in (HybridModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(stack, HybridModel)
+        assert all(torch.equal(weight, model.model.state_dict()[name]) for name, weight in stack.state_dict().items())

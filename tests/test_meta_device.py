@@ -41,3 +41,22 @@ def test_a_model_runs_on_the_meta_device(mixer, small_model):
         assert model(ids, use_cache=False).logits.shape == (2, 9, 100)
         assert model(ids, past_key_values=cache).logits.shape == (2, 9, 100)
         assert model(ids[:, :1], past_key_values=cache).logits.shape == (2, 1, 100)
+
+
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"learned_eviction"}))
+def test_layers_on_two_devices(mixer, small_model):
+    """Each layer's state lies beside the layer, and reads the layout there. (Scores, gathered, cannot leave meta.)"""
+    model = small_model(mixer, mixer).eval()
+    model.model.layers[1].to("meta")
+    model.model.norm.to("meta")
+    model.lm_head = torch.nn.Linear(32, 100, bias=False, device="meta")
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0].to("meta"), *args[1:]))
+    ids, cache = torch.zeros(2, 9, dtype=torch.long), HybridCache(model.config)
+    with torch.no_grad():
+        mask = torch.ones(2, 9).index_fill(1, torch.tensor([0, 4]), 0)
+        assert model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.device.type == "meta"
+        for part in (ids, ids[:, :1], ids[:, :4]):
+            model(part, past_key_values=cache)
+    for layer, device in zip(cache.layers, ("cpu", "meta"), strict=True):
+        assert {tensor.device.type for tensor in layer.tensors.values()} == {device}
+    assert cache.seen.tolist() == [14, 14]

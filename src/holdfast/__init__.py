@@ -1,6 +1,6 @@
 """holdfast: language models whose memory does not grow, and which still remember."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
@@ -9,6 +9,7 @@ from holdfast.modeling import HybridCausalLMOutput, HybridForCausalLM, HybridMod
 __version__ = "0.1.0"
 
 AutoConfig.register("holdfast", HybridConfig)
+AutoModel.register(HybridConfig, HybridModel)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 
 __all__ = [

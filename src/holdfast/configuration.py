@@ -38,9 +38,9 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
 AUTO_FILE = "holdfast_auto.py"
 AUTO_CODE = '''"""For transformers' Auto classes with trust_remote_code=True; the code is in the package holdfast."""
 
-from holdfast import HybridConfig, HybridForCausalLM
+from holdfast import HybridConfig, HybridForCausalLM, HybridModel
 
-__all__ = ["HybridConfig", "HybridForCausalLM"]
+__all__ = ["HybridConfig", "HybridForCausalLM", "HybridModel"]
 '''
 """Saved beside every configuration, so that programs that do not import holdfast can load the model where it is
 installed."""
@@ -144,6 +144,7 @@ class HybridConfig(PreTrainedConfig):
         written = copy.copy(self)
         written.auto_map = {
             "AutoConfig": f"{module}.HybridConfig",
+            "AutoModel": f"{module}.HybridModel",
             "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
         }
         with replacing(Path(json_file_path).parent / AUTO_FILE) as temporary:

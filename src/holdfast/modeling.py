@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
+from holdfast.inputs import check_inputs, check_labels, require_hybrid_cache
 from holdfast.loading import load_checked
 from holdfast.mixers import MIXERS, LearnedEviction, MixerOutput, MixerState, TokenLayout, TokenMixer
 from holdfast.mixers.base import projected_dtype
@@ -28,9 +30,11 @@ from holdfast.mixers.layout import (
     real_columns,
     restore_order,
 )
-from holdfast.mixers.penalty import count_kept, retention_penalty
+from holdfast.mixers.penalty import Float32Buffers, count_kept, retention_penalty
 from holdfast.ops.norms import rms_norm
 from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
+
+logger = logging.get_logger(__name__)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -124,13 +128,15 @@ class HybridBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, layout: TokenLayout, state: MixerState | None = None) -> MixerOutput:
         if state is not None:
             state.begin_call(hidden.shape[0], projected_dtype(hidden), hidden.device)
-        mixed = self.attn(self.attn_norm(hidden), layout, state)
+        mixed = self.attn(self.attn_norm(hidden), layout.to(hidden.device), state)
         hidden = hidden + mixed.hidden
         return mixed._replace(hidden=hidden + self.mlp(self.mlp_norm(hidden)))
 
 
-class HybridModel(HybridPreTrainedModel):
+class HybridModel(Float32Buffers, HybridPreTrainedModel):
     """The stack of blocks, without the language-model head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (a language model's checkpoint serves)
 
     l1_lambda: Tensor
     num_kept: Tensor
@@ -175,8 +181,7 @@ class HybridModel(HybridPreTrainedModel):
         output_selection: bool = False,
     ) -> HybridModelOutput:
         """Run the blocks. Arguments as in `HybridForCausalLM.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -190,7 +195,7 @@ class HybridModel(HybridPreTrainedModel):
             every.append(hidden)
             hidden, block_scores, block_choice = block(hidden, layout, state)
             if block_scores is not None:
-                scores.append(block_scores)
+                scores.append(block_scores.to(layout.positions.device))
             if output_selection and block_choice is not None:
                 selection.append(block_choice)
         hidden = self.norm(hidden)
@@ -208,16 +213,23 @@ class HybridModel(HybridPreTrainedModel):
     def _cache(
         self, cache: HybridCache | None, use_cache: bool | None, cu_seqlens: Tensor | None, hidden: Tensor
     ) -> HybridCache | None:
-        _require_hybrid_cache(cache)
+        require_hybrid_cache(cache)
+        asked = use_cache is True
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens packs whole documents and cannot be combined with past_key_values")
+            if asked:
+                raise ValueError("cu_seqlens packs whole documents, of which no cache can be made: leave use_cache out")
             return None
         if self.training and self.gradient_checkpointing:
             if cache is not None:
                 raise ValueError("gradient checkpointing would advance past_key_values twice: leave the cache out")
+            if asked:
+                logger.warning_once(
+                    "`use_cache=True` is incompatible with gradient checkpointing: no cache is returned"
+                )
             return None
         if cache is None and use_cache:
             cache = HybridCache(self.config)
@@ -255,11 +267,10 @@ class HybridModel(HybridPreTrainedModel):
     ) -> RetentionOutput:
         reach = self.eviction_layers()[0].router.reach
         penalised = layout.followed_by(reach)
-        sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
         stored = [lte.stored(s, layout) for lte, s in zip(self.eviction_layers(), scores, strict=True) if whole]
         return RetentionOutput(
             scores=tuple(restore_order(s, order) for s in scores),
-            kept=count_kept(scores, penalised, sequences),
+            kept=count_kept(scores, penalised, layout.num_sequences),
             penalised=restore_order(penalised, order),
             stored=torch.stack(stored) if whole else None,
         )
@@ -322,6 +333,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             ValueError: for arguments that exclude each other or do not fit.
         """
         self._refuse_attentions(output_attentions)
+        check_labels(labels, input_ids, inputs_embeds)
         returned = {"output_hidden_states": output_hidden_states, "output_selection": output_selection}
         outputs = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, **returned
@@ -358,13 +370,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             return like.new_zeros((), dtype=torch.float32)
         assert retention.scores is not None
         assert retention.penalised is not None
-        return retention_penalty(retention.scores, self.model.l1_lambda, retention.penalised)
+        l1_lambda = self.model.l1_lambda.to(retention.penalised.device)
+        return retention_penalty(retention.scores, l1_lambda, retention.penalised).to(like.device)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if (given := model_kwargs.get("past_key_values")) is not None:
-            _require_hybrid_cache(given)
+            require_hybrid_cache(given)
             given._is_user_defined = True  # generate then leaves it whole
             return
         if generation_config.use_cache is False:
@@ -377,18 +390,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = HybridCache(self.config)
 
 
-def _require_hybrid_cache(cache: Any) -> None:
-    if cache is not None and not isinstance(cache, HybridCache):
-        raise ValueError(f"past_key_values must be a holdfast.HybridCache(config), got a {type(cache).__name__}")
-
-
 def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Mean cross-entropy of labels[:, t + 1] given logits[:, t], fp32."""
     if logits.shape[1] != labels.shape[1]:
         raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
+    labels = labels.to(logits.device)
     targets = labels[:, 1:]
     if mask is not None:
-        real = mask[:, -labels.shape[1] :].bool()
+        real = mask[:, -labels.shape[1] :].to(logits.device).bool()
         targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
     if cu_seqlens is not None:
         begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)

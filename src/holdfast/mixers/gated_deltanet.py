@@ -115,7 +115,7 @@ class GatedDeltaNet(TokenMixer):
             assert recurrent is not None
             past.recurrent.copy_(recurrent)
         gate = self.g_proj(hidden).view_as(out)
-        return MixerOutput(self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.norm_eps).flatten(2)))
+        return MixerOutput(self.o_proj(self.o_norm(out, gate, self.norm_eps).flatten(2)))
 
     def recurrence(
         self, hidden: Tensor, layout: TokenLayout, past: GatedDeltaNetState | None = None
@@ -138,17 +138,17 @@ class GatedDeltaNet(TokenMixer):
 
     def _convolve(self, name: str, x: Tensor, layout: TokenLayout, past: GatedDeltaNetState | None) -> Tensor:
         """The short convolution of the query, key or value channels, x [B, T, C], with what came before."""
-        weight = getattr(self, f"{name}_conv1d").weight
+        convolution = getattr(self, f"{name}_conv1d")
         if past is None:
-            return short_convolution(x, weight, cu_seqlens=layout.cu_seqlens)[0]
+            return convolution(x, cu_seqlens=layout.cu_seqlens)[0]
         memory = past.tensors[f"conv_{name}"]
         if layout.num_pads is None or layout.fresh:
-            out, latest = short_convolution(x, weight, memory)
+            out, latest = convolution(x, memory)
         else:
             width = memory.shape[2]
             joined = join_past(memory.transpose(1, 2), x, layout.num_pads)
             before, x = joined[:, :width].transpose(1, 2), joined[:, width:]
-            out, latest = short_convolution(x, weight, before)
+            out, latest = convolution(x, before)
         memory.copy_(latest)
         return out
 
@@ -185,6 +185,12 @@ class _ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`short_convolution` of x [B, T, C] with this weight."""
+        return short_convolution(x, self.weight, state, cu_seqlens=cu_seqlens)
+
     def init_weights(self, init: Any) -> None:
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
@@ -195,6 +201,10 @@ class _HeadNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, gate: Tensor, eps: float) -> Tensor:
+        """`gated_rms_norm` of x and gate [B, T, Hv, V] with this weight."""
+        return gated_rms_norm(x, gate, self.weight, eps)
 
     def init_weights(self, init: Any) -> None:
         init.ones_(self.weight)

@@ -54,12 +54,28 @@ class TokenLayout:
     fresh: bool = True
     _tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _latest: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _elsewhere: dict[torch.device, TokenLayout] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def whole(cls, batch_size: int, length: int, device: torch.device | str | None = None) -> TokenLayout:
         """The layout of B rows of T tokens, each a sequence from its start: no cache, no pads, no packing."""
         positions = torch.arange(length, device=device).expand(batch_size, -1)
         return cls(torch.zeros(batch_size, dtype=torch.long, device=device), positions)
+
+    def to(self, device: torch.device | str | int) -> TokenLayout:
+        """This layout on the device of a layer; moved once per forward pass and device."""
+        device = torch.device(device)
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = TokenLayout(
+                self.seen.to(device),
+                self.positions.to(device),
+                None if self.real is None else self.real.to(device),
+                None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+                self.fresh,
+            )
+        return self._elsewhere[device]
 
     @property
     def batch_size(self) -> int:
@@ -95,6 +111,11 @@ class TokenLayout:
         if self.real is None:
             return torch.full_like(self.seen, self.length)
         return self.real.sum(dim=1)
+
+    @_once
+    def num_sequences(self) -> int | Tensor:
+        """Rows, or packed documents that hold a token (a scalar int64 tensor)."""
+        return self.batch_size if self.cu_seqlens is None else count_documents(self.cu_seqlens)
 
     @_once
     def token_positions(self) -> Tensor:
@@ -182,7 +203,7 @@ def restore_order(columns: Tensor, order: Tensor | None) -> Tensor:
     """Undo a column order [B, T] on columns [B, T, ...]; None returns them unchanged."""
     if order is None:
         return columns
-    inverse = order.argsort(dim=1)
+    inverse = order.to(columns.device).argsort(dim=1)
     return columns.gather(1, inverse.view(*inverse.shape, *[1] * (columns.dim() - 2)).expand_as(columns))
 
 
@@ -203,6 +224,11 @@ def checked_cu_seqlens(cu_seqlens: Tensor, batch_size: int, length: int) -> Tens
         if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {ends}")
     return cu_seqlens
+
+
+def count_documents(cu_seqlens: Tensor) -> Tensor:
+    """Packed documents that hold a token, a scalar int64 tensor; packing may leave empty ones."""
+    return (cu_seqlens.diff() > 0).sum()
 
 
 def document_of_column(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from holdfast.mixers.layout import TokenLayout
 from holdfast.mixers.learned_eviction import LearnedEviction
 
 
-def count_kept(scores: Sequence[Tensor], penalised: Tensor, sequences: int) -> Tensor:
+def count_kept(scores: Sequence[Tensor], penalised: Tensor, sequences: int | Tensor) -> Tensor:
     """Pairs with a positive score per sequence, [L, Hkv] fp32 without gradient.
 
     Args:
@@ -39,7 +40,20 @@ def retention_penalty(scores: Sequence[Tensor], l1_lambda: Tensor, penalised: Te
     return torch.stack(per_layer).mean()
 
 
-class RetentionPenalty(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose own buffers keep their dtype under .half() and .to(dtype): λ begins at 1e-9, which fp16 lacks."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class RetentionPenalty(Float32Buffers):
     """λ, counts and penalty of learned eviction in a model of your own (`HybridForCausalLM` has its own).
 
     As a submodule of the model, it saves λ and the average counts with the weights. In a training step:
@@ -83,6 +97,5 @@ class RetentionPenalty(nn.Module):
             layout: that the layers were given.
         """
         penalised = layout.followed_by(self._reach)
-        sequences = layout.batch_size if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
-        self.kept = count_kept(scores, penalised, sequences)
+        self.kept = count_kept(scores, penalised, layout.num_sequences)
         return retention_penalty(scores, self.l1_lambda, penalised)

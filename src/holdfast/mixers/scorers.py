@@ -82,12 +82,11 @@ class ConvScorer(nn.Module):
             valid = valid.expand(batch, -1).repeat(heads, 1)
         for conv in self.conv_stack.convs:
             x = F.dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout, self.training)
-            assert isinstance(conv, nn.Conv2d)
-            x = F.silu(_grouped_conv(x, conv))
+            x = F.silu(conv(x))
             lost = valid.shape[1] - x.shape[2]
             before = lost if self.causal else lost // 2
             valid = valid[:, before : before + x.shape[2]]
-        logits = _grouped_conv(x, self.conv_stack.proj).view(heads, batch, -1).permute(1, 2, 0)
+        logits = self.conv_stack.proj(x).view(heads, batch, -1).permute(1, 2, 0)
         return torch.sigmoid(logits.float()) - self.threshold
 
 
@@ -113,6 +112,27 @@ class _ScorerConv(nn.Conv2d):
     def __init__(self, groups: int, inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> None:
         super().__init__(groups * inputs, groups * outputs, (1, kernel), dilation=(1, dilation), groups=groups)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution over time without padding as one batched product: [groups, B, T, C] → [groups, B, T', C']."""
+        groups, batch, length, channels = x.shape
+        kernel, dilation = self.kernel_size[1], self.dilation[1]
+        out_length = length - (kernel - 1) * dilation
+        taps = [x[:, :, tap * dilation : tap * dilation + out_length] for tap in range(kernel)]
+        if (
+            batch * out_length < channels
+        ):  # bring the smaller operand into the order of the other: here, a decoded token
+            weight = self.weight.view(groups, -1, channels * kernel).mT
+            rows = torch.stack(taps, dim=-1).view(groups, batch * out_length, channels * kernel)
+        else:
+            weight = (
+                self.weight.view(groups, -1, channels, kernel)
+                .permute(0, 3, 2, 1)
+                .reshape(groups, kernel * channels, -1)
+            )
+            rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
+        out = torch.baddbmm(self.bias.view(groups, 1, -1), rows, weight)
+        return out.view(groups, batch, out_length, -1)
+
     def init_weights(self, init: Any) -> None:
         init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
         init.constant_(self.bias, self.initial_bias)
@@ -127,22 +147,3 @@ def receptive_field(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -
     )
     require(all(step >= 1 for step in dilations), f"the scorer's dilations must be at least 1, got {dilations}")
     return 1 + sum((kernel - 1) * dilation for kernel, dilation in zip(kernel_sizes, dilations, strict=True))
-
-
-def _grouped_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Convolution over time without padding as one batched matrix product: [groups, B, T, C] → [groups, B, T', C']."""
-    groups, batch, length, channels = x.shape
-    kernel, dilation = conv.kernel_size[1], conv.dilation[1]
-    out_length = length - (kernel - 1) * dilation
-    taps = [x[:, :, tap * dilation : tap * dilation + out_length] for tap in range(kernel)]
-    if batch * out_length < channels:  # bring the smaller operand into the order of the other: here, a decoded token
-        weight = conv.weight.view(groups, -1, channels * kernel).mT
-        rows = torch.stack(taps, dim=-1).view(groups, batch * out_length, channels * kernel)
-    else:
-        weight = (
-            conv.weight.view(groups, -1, channels, kernel).permute(0, 3, 2, 1).reshape(groups, kernel * channels, -1)
-        )
-        rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
-    assert conv.bias is not None
-    out = torch.baddbmm(conv.bias.view(groups, 1, -1), rows, weight)
-    return out.view(groups, batch, out_length, -1)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from holdfast.mixers.layout import count_documents
 from holdfast.settings import from_mapping
 from holdfast.training.controller import BudgetController, ControllerConfig, RetentionWatch, mean_over_ranks
 from holdfast.training.schedule import RetentionSchedule, learned_eviction_layers
@@ -127,7 +128,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
         retention = getattr(output, "retention", None)
         if retention is not None:
             offsets = kwargs.get("cu_seqlens")
-            sequences = len(retention.penalised) if offsets is None else len(offsets) - 1
+            sequences = len(retention.penalised) if offsets is None else count_documents(offsets)
             self._counts.add(retention.kept)
             if retention.stored is not None:
                 self._logged["stored"].add(retention.stored)
