@@ -49,7 +49,7 @@ def test_a_tiny_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
         grew = model["cache_bytes"]["1280"] > model["cache_bytes"]["128"]
         assert grew == (name in ("needle-gdn-full", "needle-lansa"))
         assert model["tokens_per_second"] > 0
-        assert (model["kept"] is None) == (name != "needle-lalte")
+        assert (model["stored"] is None) == (name != "needle-lalte")
         assert (output / name / "model.safetensors").is_file()
     for picture in ("accuracy_by_distance.png", "kept_tokens.png", "selected_blocks.png"):
         assert imread(output / picture).std() > 0.05

@@ -38,7 +38,7 @@ class Measurement:
         cache_bytes: bytes of the cache (fp32, one row) after so many tokens; allocated, not computed.
         tokens_per_second: written by `generate` after a sample, on one thread.
         parameters: all parameters.
-        kept: pairs with a positive score per head and sample at the end of training; None without eviction.
+        stored: pairs in a head's store after a sample, at the end of training; None without eviction.
         training: the run's summary.json.
     """
 
@@ -46,7 +46,7 @@ class Measurement:
     cache_bytes: dict[int, int]
     tokens_per_second: float
     parameters: int
-    kept: float | None
+    stored: float | None
     training: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def measure(directory: Path, task: NeedleTask, samples: int) -> Measurement:
 
     model = HybridForCausalLM.from_pretrained(directory)
     longer = dataclasses.replace(task, length=LONGER * task.length)
-    kept = [line["kept_mean"] for line in read_metrics(directory / "metrics.jsonl") if "kept_mean" in line]
+    stored = [line["stored_mean"] for line in read_metrics(directory / "metrics.jsonl") if "stored_mean" in line]
     return Measurement(
         needle=evaluate_needle(model, task, samples=samples, seed=HELD_OUT_SEED, progress=False),
         cache_bytes={
@@ -70,7 +70,7 @@ def measure(directory: Path, task: NeedleTask, samples: int) -> Measurement:
         },
         tokens_per_second=generation_speed(model, task.sample(HELD_OUT_SEED, 1)["input_ids"]),
         parameters=model.num_parameters(),
-        kept=kept[-1] if kept else None,
+        stored=stored[-1] if stored else None,
         training=json.loads((directory / "summary.json").read_text(encoding="utf-8")),
     )
 

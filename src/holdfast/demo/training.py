@@ -149,8 +149,8 @@ class _Display:
         name, total, latest = child.recipe.name, child.recipe.training.max_steps, child.latest()
         step = latest.get("step", 0)
         note = f"loss {latest['loss']:.3f}" if latest.get("loss") is not None else "starting"
-        if "kept_mean" in latest:
-            note += f", {latest['kept_mean']:.0f} kept"
+        if "stored_mean" in latest:
+            note += f", {latest['stored_mean']:.0f} in the store"
         self._progress.start_task(self._bars[name])
         before, self._steps[name] = self._steps[name], step
         self._progress.update(self._bars[name], completed=step, note=note)
