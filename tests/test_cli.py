@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from holdfast.cli.common import format_bytes, format_count
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer, load_text, load_tokenizer, prepare, train_tokenizer
 from holdfast.evaluation.needle import NeedleResult
+from holdfast.training.trainer import HybridTrainer
 
 RECIPE = """\
 name = "tiny"
@@ -166,6 +168,10 @@ def test_a_close_option_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`holdfast train needle-gdn --help`" in error
     assert "invalid literal for int" in refused(capsys, "train", "needle-gdn", "--training.max-steps", "x")
     assert "'z'" in refused(capsys, "info", "needle-gdn", "--dtype", "z")
+    # --samples is an option of another evaluation.
+    error = refused(capsys, "evaluate", "recall", "model", "--tasks", "squad", "--samples", "20")
+    assert "did you mean --samples" not in error
+    assert "`holdfast evaluate recall --help`" in error
 
 
 def test_debug_raises_and_an_interrupt_is_one_line(
@@ -234,6 +240,38 @@ def test_resume_continues(recipe: str, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "tiny" / "summary.json").unlink()
     assert main(argv) == 0
     assert "checkpoint-2" in json.loads((tmp_path / "tiny" / "summary.json").read_text())["resumed_from"]
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["train", recipe, "--output.directory", str(tmp_path), "--training.max-steps", "4"]
+    argv += ["--training.save-every", "2"]
+    steps, step, stop = [], HybridTrainer.training_step, 1
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        steps.append(None)
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(HybridTrainer, "training_step", interrupt)
+    assert main(argv) == 130
+    assert "before the first checkpoint" in capsys.readouterr().err
+    stop = len(steps) + 4
+    assert main([*argv, "--output.overwrite"]) == 130
+    again = f"{tmp_path / 'tiny' / 'recipe.toml'} --resume"
+    assert f"`holdfast train {again}` continues after step 2" in capsys.readouterr().err
+    assert "resume it (--resume)" in refused(capsys, *argv)
+    stop = -1
+    assert main(["train", *again.split()]) == 0
+    assert "Continuing after step 2 of 4." in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_written(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    error = refused(capsys, "train", recipe, "--output.directory", str(tmp_path / "file"))
+    assert f"Cannot write into {tmp_path / 'file' / 'tiny'}: " in error
 
 
 def test_generate_text(text_model: str, capsys: pytest.CaptureFixture[str]) -> None:

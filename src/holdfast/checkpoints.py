@@ -62,7 +62,9 @@ def convert(
         raise ValueError(f"format must be 'holdfast' or 'published', got {format!r}")
     target = Path(target).resolve()
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; choose another target or pass overwrite=True")
+        raise FileExistsError(
+            f"{target} exists already: choose another target, or overwrite it (overwrite=True, or --overwrite)"
+        )
     folder = _local_folder(source, allow_pickle)
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")

@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
     except SystemExit as stop:  # tyro has shown its help or its error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        return _complain("interrupted", 130)
+        return _complain(str(stop) or "interrupted", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

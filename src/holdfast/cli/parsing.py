@@ -7,7 +7,8 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_origin
 
 import tyro
 
@@ -39,17 +40,23 @@ def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str, d
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(f"{_in_one_line(printed.getvalue())} (`{prog} --help` shows all options)") from None
+        message = _in_one_line(printed.getvalue(), arguments)
+        if get_origin(kind) in (Union, UnionType) and arguments and not arguments[0].startswith("-"):
+            prog = f"{prog} {arguments[0]}"  # a command of several, each with options of its own
+        raise UsageError(f"{message} (`{prog} --help` shows all options)") from None
 
 
-def _in_one_line(box: str) -> str:
-    """What the box of an error by tyro says: a title, the message, and after a rule the options that come close."""
+def _in_one_line(box: str, arguments: Sequence[str]) -> str:
+    """What the box of an error by tyro says: a title, the message, and after a rule the options that come close.
+
+    Of these only one that is not among the arguments: another command may have an option of the same name.
+    """
     lines = [line.strip(FRAME) for line in box.splitlines()[1:]]
     message = itertools.dropwhile(lambda line: not line.strip(RULE), lines)
     text = " ".join(itertools.takewhile(lambda line: line.strip(RULE), message))
     text = re.sub(r"^Error parsing [A-Z]\w+: ", "", text)  # the name of a class says nothing to a user
     if "Perhaps you meant:" in lines:
-        following = lines[lines.index("Perhaps you meant:") :]
-        close = next((line.split()[0] for line in following if line.startswith("--")), None)
+        named = [line.split()[0].rstrip(",") for line in lines[lines.index("Perhaps you meant:") :] if line.strip()]
+        close = next((name for name in named if name.startswith("--") and name not in arguments), None)
         text += f"; did you mean {close}?" if close else ""
     return text

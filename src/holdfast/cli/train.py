@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.common import output_console, read_recipe
 from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from holdfast.training.recipe import Recipe
 
 USAGE = """\
 usage: holdfast train RECIPE [--resume] [OVERRIDES]
@@ -77,6 +81,22 @@ def _train(arguments: list[str]) -> None:
 
     from holdfast.training.run import train
 
-    directory = train(recipe, resume=resume)
+    try:
+        directory = train(recipe, resume=resume)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_how_to_continue(recipe)) from stop
     if os.environ.get("RANK", "0") == "0":  # once, however many processes have trained it
         output_console().print(f"The model is in {directory}.", soft_wrap=True)
+
+
+def _how_to_continue(recipe: Recipe) -> str:
+    """What to say of a run that was interrupted."""
+    from holdfast.training.checkpointing import last_checkpoint, saved_step
+    from holdfast.training.run_directory import RECIPE_FILE
+
+    directory = Path(recipe.output.directory) / recipe.name
+    checkpoint = last_checkpoint(directory) if directory.is_dir() else None
+    if checkpoint is None:
+        return "interrupted before the first checkpoint (training.save_every says when that is written)"
+    step = saved_step(checkpoint)
+    return f"interrupted; `holdfast train {directory / RECIPE_FILE} --resume` continues after step {step}"

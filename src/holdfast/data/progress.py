@@ -1,6 +1,7 @@
 """One progress bar for everything that takes a while."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -9,10 +10,34 @@ from rich.progress import track as rich_track
 __all__ = ["track"]
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def track(items: Iterable[T], description: str, *, total: int | None = None, progress: bool = True) -> Iterator[T]:
-    """Yield `items` with a bar on standard error; silent when that is no terminal, or without `progress`."""
+    """Yield `items` with a bar on standard error; where that is no terminal, with a line now and then.
+
+    Args:
+        items: what is worked on.
+        description: in front of the bar.
+        total: how many items; None: their `len`, if they have one.
+        progress: False shows nothing.
+    """
     console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
-    yield from rich_track(items, description, total=total, console=console, transient=True, disable=hidden)
+    if not progress:
+        yield from items
+    elif console.is_terminal:
+        yield from rich_track(items, description, total=total, console=console, transient=True)
+    else:
+        yield from _with_lines(items, description, total, console)
+
+
+def _with_lines(items: Iterable[T], description: str, total: int | None, console: Console) -> Iterator[T]:
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    of = "" if total is None else f" of {total:,}"
+    shown = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            console.print(f"{description}: {done:,}{of}", highlight=False, soft_wrap=True)
+        yield item

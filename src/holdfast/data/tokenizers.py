@@ -33,7 +33,8 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise ValueError(f"cannot load tokenizer {name}: {error}") from error
+        absent = "" if Path(name).exists() else "there is no such directory, and as a name on the hub: "
+        raise ValueError(f"cannot load tokenizer {name}: {absent}{error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} is not a fast tokenizer; give one that has a tokenizer.json.")
     return tokenizer

@@ -95,7 +95,12 @@ class ProgressBar(TrainerCallback):
         self._task = TaskID(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (state.is_world_process_zero and self._console.is_terminal):
+        if not state.is_world_process_zero:
+            return
+        if state.global_step:
+            text = f"Continuing after step {state.global_step} of {state.max_steps}."
+            self._console.print(text, highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console)

@@ -42,7 +42,7 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
     """
     recipe_file = directory / RECIPE_FILE
     found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-    alternatives = "give the run another name, or set output.overwrite to start over"
+    alternatives = "give the run another name (--name), or start over (--output.overwrite)"
     only_prepared = found <= _PREPARED and not recipe.output.overwrite
     if recipe_file.exists() and (resume or only_prepared):
         _check_same(recipe_file, recipe)
@@ -54,10 +54,13 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
         elif SUMMARY_FILE in found and not recipe.output.overwrite:
             raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
         if not (resume or recipe.output.overwrite):
-            raise RunDirectoryError(f"{directory} holds an unfinished run: resume it, {alternatives}.")
+            raise RunDirectoryError(f"{directory} holds an unfinished run: resume it (--resume), {alternatives}.")
         if not resume and RECIPE_FILE in found:
             _clear(directory)
-    write_text(recipe_file, to_toml(recipe))
+    try:
+        write_text(recipe_file, to_toml(recipe))
+    except OSError as error:
+        raise RunDirectoryError(f"Cannot write into {directory}: {error.strerror or error}.") from error
     return not found
 
 
