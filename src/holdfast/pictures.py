@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,8 +37,12 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as a PNG inside a `data:` address, for a page that needs no other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def data_uri(picture: Figure | Path) -> str:
+    """A figure, or a picture in a PNG file, as a PNG inside a `data:` address, for a page that needs no other file."""
+    if isinstance(picture, Figure):
+        buffer = io.BytesIO()
+        picture.savefig(buffer, format="png", dpi=120)
+        content = buffer.getvalue()
+    else:
+        content = picture.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

@@ -7,16 +7,16 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 
 from torch import Tensor
 
 from holdfast.evaluation.inference import device_of, evaluating, one_sequence
-from holdfast.files import replacing
+from holdfast.files import write_text
 from holdfast.mixers import LearnedEviction, NativeSparseAttention
 from holdfast.modeling import HybridForCausalLM
 from holdfast.ops.retention import streaming_retention
+from holdfast.pages import fill_template
 
 __all__ = ["InspectedEviction", "InspectedSelection", "inspect_sequence", "write_inspection"]
 
@@ -135,8 +135,5 @@ def write_inspection(
     data = json.dumps({"tokens": list(tokens), "layers": [asdict(layer) for layer in layers]}, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # none of them may end the script element, or a line of it
         data = data.replace(character, f"\\u{ord(character):04x}")
-    template = resources.files("holdfast.evaluation").joinpath("inspection.html").read_text(encoding="utf-8")
-    page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", data)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return Path(path)
+    values = {"title": html.escape(title), "data": data}
+    return write_text(path, fill_template("holdfast.evaluation", "inspection.html", values))

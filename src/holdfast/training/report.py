@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from holdfast.data.progress import track
-from holdfast.files import replacing
-from holdfast.pictures import data_uri, new_figure
+from holdfast.pages import heading, note, picture_element, table_element, write_page
+from holdfast.pictures import new_figure
 from holdfast.training.history import RunHistory
 
 __all__ = ["write_report"]
@@ -26,9 +24,13 @@ __all__ = ["write_report"]
 _MOST_COLUMNS = 240  # of a heat map; more records are averaged
 _MOST_NAMES = 32  # of heads beside it
 _RATIOS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of kept to budget, beside its colours
-_RATIOS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # of kept to budget, beside its colours
 _FURTHEST = _RATIOS[-1]
 _ABSENT = "not recorded"
+_MEANINGS = """\
+kept: pairs of a sequence that a head scores above the threshold, which is what λ steers towards the budget. stored:
+pairs that its store really holds after the last token, sinks included, at most the budget. Tables show means over the
+last tenth of what was logged; utilisation is the share of the devices' operations per second that the model's own
+operations take."""
 
 
 def write_report(runs: Sequence[RunHistory], path: str | os.PathLike[str], *, progress: bool = False) -> Path:
@@ -47,20 +49,15 @@ def write_report(runs: Sequence[RunHistory], path: str | os.PathLike[str], *, pr
     """
     if not runs:
         raise ValueError("there is no run to report on; give at least one.")
-    parts = [_summary(runs), _picture(draw_losses(runs), "losses by step")]
+    parts = [_summary(runs), picture_element(draw_losses(runs), "losses by step")]
     if any(len(run.series("tokens_per_second")[0]) for run in runs):
-        parts.append(_picture(draw_speed(runs), "tokens per second and utilisation by step"))
+        parts.append(picture_element(draw_speed(runs), "tokens per second and utilisation by step"))
     for run in track(runs, "drawing heads", progress=progress):
         if len(run.by_head("kept")[0]):
-            parts.append(f"<h2>{html.escape(run.name)}: what each head kept</h2>")
-            parts.append(_picture(draw_heads(run), "kept and stored pairs and λ of every head, by step"))
+            parts.append(heading(f"{run.name}: what each head kept"))
+            parts.append(picture_element(draw_heads(run), "kept and stored pairs and λ of every head, by step"))
             parts.append(_heads(run))
-    title = ", ".join(run.name for run in runs)
-    template = resources.files("holdfast.training").joinpath("report.html").read_text(encoding="utf-8")
-    page = template.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join(parts))
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return Path(path)
+    return write_page(path, ", ".join(run.name for run in runs), [*parts, note(_MEANINGS)])
 
 
 def draw_losses(runs: Sequence[RunHistory]) -> Figure:
@@ -186,10 +183,6 @@ def _finish(axes: Axes, label: str) -> None:
     axes.grid(alpha=0.2)
 
 
-def _picture(figure: Figure, description: str) -> str:
-    return f'<img src="{data_uri(figure)}" alt="{html.escape(description)}">'
-
-
 def _summary(runs: Sequence[RunHistory]) -> str:
     """One row per run."""
     columns: dict[str, Callable[[RunHistory], str]] = {
@@ -204,7 +197,7 @@ def _summary(runs: Sequence[RunHistory]) -> str:
         "budget": lambda run: "–" if run.budget is None else str(run.budget),
         "heads within 10 %": _near_budget,
     }
-    return _table(list(columns), [[show(run) for show in columns.values()] for run in runs])
+    return table_element(list(columns), [[show(run) for show in columns.values()] for run in runs])
 
 
 def _heads(run: RunHistory) -> str:
@@ -215,15 +208,7 @@ def _heads(run: RunHistory) -> str:
         [f"{value:{form}}" for value in run.recent(values).flatten()] if len(values) else [_ABSENT] * len(names)
         for values, form in ((kept, ".1f"), (stored, ".1f"), (penalty, ".2g"))
     ]
-    return _table(["head", "kept", "stored", "λ"], [list(row) for row in zip(names, *shown, strict=True)])
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="wide"><table>\n{row(headings, "th")}\n{body}\n</table></div>'
+    return table_element(["head", "kept", "stored", "λ"], [list(row) for row in zip(names, *shown, strict=True)])
 
 
 def _steps(run: RunHistory) -> str:
