@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["peak_bytes", "resident_bytes"]
+__all__ = ["available_bytes", "peak_bytes", "resident_bytes"]
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
+_FORGET = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(
@@ -45,9 +47,22 @@ def peak_bytes(
 
 def _grown_by(work: Callable[..., object], arguments: tuple[Any, ...], warm_up: tuple[Any, ...]) -> int:
     work(*warm_up)
+    with contextlib.suppress(OSError):  # where the system keeps the peak, that of loading and warming up may be higher
+        _FORGET.write_text("5")
     before = resident_bytes()
     work(*arguments)
     return max(0, resident_bytes(peak=True) - before)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return _kibibytes(_MEMORY, "MemAvailable") if _MEMORY.is_file() else None
 
 
 def resident_bytes(*, peak: bool = False) -> int:
@@ -57,7 +72,12 @@ def resident_bytes(*, peak: bool = False) -> int:
     """
     field = "VmHWM" if peak else "VmRSS"
     if _STATUS.is_file():
-        lines = _STATUS.read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+        return _kibibytes(_STATUS, field)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _kibibytes(path: Path, field: str) -> int:
+    """The number that a file of Linux gives for `field` in kB, in bytes."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

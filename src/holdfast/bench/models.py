@@ -25,7 +25,18 @@ from holdfast.data.progress import track
 from holdfast.info import flops_per_token
 from holdfast.modeling import HybridForCausalLM
 
-__all__ = ["SIZES", "Contender", "Holdfast", "Size", "Transformers", "contenders", "hybrid_config", "keep_about"]
+__all__ = [
+    "MIXTURES",
+    "SIZES",
+    "Contender",
+    "Holdfast",
+    "Size",
+    "Transformers",
+    "contenders",
+    "equal_configs",
+    "hybrid_config",
+    "keep_about",
+]
 
 LONGEST = 1 << 21
 """Tokens that the peers' rotary embeddings are told to expect."""
@@ -67,10 +78,22 @@ SIZES: dict[SizeName, Size] = {
 """0.4b and 1.4b are the published ones."""
 
 
-def hybrid_config(size: Size, mixers: Sequence[str]) -> HybridConfig:
+MIXTURES: dict[str, tuple[str, ...]] = {
+    "GDN": ("gated_deltanet",),
+    "GDN + SWA": ("gated_deltanet", "sliding_attention"),
+    "laLTE": ("gated_deltanet", "learned_eviction"),
+    "laNSA": ("gated_deltanet", "native_sparse_attention"),
+    "GDN + full attention": ("gated_deltanet", "full_attention"),
+    "full attention": ("full_attention",),
+}
+"""The models that are compared, by name, and the mixers of their layers."""
+
+
+def hybrid_config(size: Size, mixers: Sequence[str], width: int | None = None) -> HybridConfig:
     """This library's configuration; raises ValueError for a mixer that does not exist.
 
-    A mixer without an entry here has the options of a configuration that gives none.
+    A mixer without an entry here has the options of a configuration that gives none. width: of the MLPs; None: the
+    usual one.
     """
     heads = {"num_heads": size.heads, "num_kv_heads": size.kv_heads, "head_dim": size.hidden // size.heads}
     options: dict[str, dict[str, Any]] = {
@@ -85,11 +108,26 @@ def hybrid_config(size: Size, mixers: Sequence[str]) -> HybridConfig:
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
         mixers=list(mixers),
+        intermediate_size=width,
         mixer_options={name: options[name] for name in dict.fromkeys(mixers) if name in options},
         tie_word_embeddings=size.tied,
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def equal_configs(size: Size) -> dict[str, HybridConfig]:
+    """Configurations of `MIXTURES` with as many parameters as laLTE, as nearly as the width of the MLPs allows."""
+    with torch.device("meta"):
+        like = HybridForCausalLM(hybrid_config(size, MIXTURES["laLTE"])).num_parameters()
+
+    def config(mixers: Sequence[str]) -> HybridConfig:
+        def build(width: int) -> PreTrainedModel:
+            return HybridForCausalLM(hybrid_config(size, mixers, width))
+
+        return hybrid_config(size, mixers, _matching_width(build, size, like))
+
+    return {name: config(mixers) for name, mixers in MIXTURES.items()}
 
 
 class Contender(ABC):
@@ -160,11 +198,12 @@ class Contender(ABC):
 class Holdfast(Contender):
     """This library's model."""
 
-    name = "holdfast"
     filling = "read, in chunks"
 
-    def __init__(self, config: HybridConfig) -> None:
-        self.model = HybridForCausalLM(config).eval()
+    def __init__(self, model: HybridConfig | HybridForCausalLM, name: str = "holdfast") -> None:
+        """A configuration stands for a new model, with random weights."""
+        self.name = name
+        self.model = (HybridForCausalLM(model) if isinstance(model, HybridConfig) else model).eval()
 
     def empty_cache(self) -> HybridCache:
         return HybridCache(self.model.config)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 from holdfast.bench.results import Case, Report, Result
 from holdfast.pictures import picture
 
-__all__ = ["plot_report"]
+__all__ = ["machine_line", "plot_report", "scale_axes"]
 
 Value = Callable[[Result], float | None]
 
@@ -36,7 +37,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
     }[report.benchmark]
     with picture(path, size) as figure:
         draw(report, figure)
-        figure.supxlabel(_machine(report), fontsize="x-small", color="0.4")
+        figure.supxlabel(machine_line(report.machine, report.ceilings.dtype), fontsize="x-small", color="0.4")
     return Path(path)
 
 
@@ -89,9 +90,14 @@ def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, labe
         found = [(case.parameters[parameter], _find(case, name)) for case in cases]
         points = [(at, value(result)) for at, result in found if result is not None]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    scale_axes(axes, {case.parameters[parameter] for case in cases}, parameter, label, unit)
+
+
+def scale_axes(axes: Axes, at: Iterable[int], parameter: str, label: str, unit: str) -> None:
+    """Logarithmic axes with ticks at the token counts `at` and at round numbers of `unit`."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    ticks = sorted({case.parameters[parameter] for case in cases})
+    ticks = sorted(set(at))
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(EngFormatter(unit))
@@ -113,8 +119,8 @@ def _seconds(result: Result) -> float:
     return result.timing.summary.median
 
 
-def _machine(report: Report) -> str:
-    machine = report.machine
+def machine_line(machine: Mapping[str, Any], dtype: str) -> str:
+    """The machine of `describe_machine` in a line below a picture."""
     if machine["accelerator"]:
-        return f"{machine['accelerator']}, {report.ceilings.dtype}"
-    return f"{machine['processor']}, threads: {machine['threads']}, {report.ceilings.dtype}"
+        return f"{machine['accelerator']}, {dtype}"
+    return f"{machine['processor']}, threads: {machine['threads']}, {dtype}"

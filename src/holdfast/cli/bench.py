@@ -140,8 +140,8 @@ def _measure_data(settings: DataSettings) -> None:
     for heading in ("tokenizer", "workers", "first block", "tokens/s", "tokens per CPU second"):
         table.add_column(heading, justify="right")
     for rate in report["rates"]:
-        first, speed = format_seconds(rate["first_block_seconds"]), _rate(rate["tokens_per_second"])
-        alone = "" if rate["tokens_per_cpu_second"] is None else _rate(rate["tokens_per_cpu_second"])
+        first, speed = format_seconds(rate["first_block_seconds"]), format_rate(rate["tokens_per_second"])
+        alone = "" if rate["tokens_per_cpu_second"] is None else format_rate(rate["tokens_per_cpu_second"])
         table.add_row(rate["tokenizer"], str(rate["workers"]), first, speed, alone)
     output_console().print(table)
     if (memory := report["memory"]) is not None:
@@ -245,7 +245,7 @@ def _columns(report: Report, cases: Sequence[Case]) -> dict[str, Callable[[Case,
         columns["p90"] = lambda case, result: format_seconds(result.timing.summary.p90)
         columns["p99"] = lambda case, result: format_seconds(result.timing.summary.p99)
     if results[0].tokens is not None:
-        columns["tokens/s"] = lambda case, result: _rate(result.tokens_per_second or 0)
+        columns["tokens/s"] = lambda case, result: format_rate(result.tokens_per_second or 0)
     if results[0].peak_bytes is not None:
         columns["peak memory"] = lambda case, result: format_bytes(result.peak_bytes or 0)
     if results[0].cache_bytes is not None:
@@ -262,7 +262,8 @@ def _spread(result: Result) -> str:
     return f"{(summary.high - summary.low) / summary.median:.0%}" if result.timing.warmed_up else "*"
 
 
-def _rate(per_second: float) -> str:
+def format_rate(per_second: float) -> str:
+    """A number per second: whole from 1,000 on, else with three digits."""
     return three_digits(per_second) if per_second < 999.5 else f"{per_second:,.0f}"
 
 

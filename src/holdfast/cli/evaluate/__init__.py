@@ -9,6 +9,7 @@ import tyro
 
 from holdfast.cli.common import model_directory
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.recall import Recall
@@ -27,9 +28,12 @@ examples:
   holdfast evaluate recall runs/books-lalte --beyond --tasks squad --data dev-v2.0.json
   holdfast evaluate turns runs/needle-lalte runs/needle-gdn --plot turns.png
   holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048
+  holdfast evaluate efficiency --contexts 1024 4096 16384 --batch-sizes 1 4 --json costs.json --plot costs.png
+  holdfast evaluate efficiency runs/demo/needle-* --accuracy runs/demo/results.json --pareto pareto.png
   holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
 
-needle, recall and turns keep every answer beside the file of --json and continue there after an interruption.
+needle, recall, turns and efficiency keep every answer beside the file of --json and continue there after an
+interruption.
 `lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
 """
 
@@ -39,6 +43,7 @@ EVALUATIONS = (
     | Annotated[Turns, tyro.conf.subcommand("turns")]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Scorers, tyro.conf.subcommand("scorers")]
+    | Annotated[Efficiency, tyro.conf.subcommand("efficiency")]
 )
 
 

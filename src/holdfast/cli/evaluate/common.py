@@ -12,6 +12,7 @@ from holdfast.cli.errors import UsageError
 from holdfast.files import write_json
 
 if TYPE_CHECKING:
+    from holdfast.configuration import HybridConfig
     from holdfast.data.ruler import Essays
     from holdfast.evaluation.intervals import Share
     from holdfast.evaluation.sample_log import SampleLog
@@ -98,10 +99,10 @@ def read_haystack(sources: Sequence[str]) -> Essays | None:
         return Essays([text for source in sources for text in load_text(source) if isinstance(text, str)])
 
 
-def check_picture(path: Path | None) -> None:
+def check_picture(path: Path | None, option: str = "--plot") -> None:
     """Refuse before anything is measured a picture that could not be drawn afterwards."""
     if path is not None and path.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot is {path}; give a file that ends in {', '.join(PICTURES)}.")
+        raise UsageError(f"{option} is {path}; give a file that ends in {', '.join(PICTURES)}.")
 
 
 def require_positive(settings: Any, *names: str) -> None:
@@ -117,14 +118,24 @@ def require_positive(settings: Any, *names: str) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is {number}; give at least 1.")
 
 
-def open_log(json: Path | None, evaluation: str, directory: Path, settings: Mapping[str, Any]) -> SampleLog:
-    """The log of answers of a model, beside the file of results; without that file nothing is kept."""
+def open_log(
+    json: Path | None,
+    evaluation: str,
+    model: Path | HybridConfig,
+    settings: Mapping[str, Any],
+    what: str = "answers",
+) -> SampleLog:
+    """The log of answers, or of what else is kept, of a model, beside the file of results; without that file nothing is
+    kept. A configuration stands for an untrained model.
+    """
     from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
 
     path = None if json is None else json.with_suffix(".samples.jsonl")
-    log = SampleLog(path, {"evaluation": evaluation, "model": model_fingerprint(directory), **settings})
+    fingerprint = model_fingerprint(model) if isinstance(model, Path) else model.to_dict()
+    log = SampleLog(path, {"evaluation": evaluation, "model": fingerprint, **settings})
     if log.records:
-        error_console().print(f"{directory}: going on after {len(log.records):,} answers in {path}.", soft_wrap=True)
+        name = model if isinstance(model, Path) else "an untrained model"
+        error_console().print(f"{name}: going on after {len(log.records):,} {what} in {path}.", soft_wrap=True)
     return log
 
 

@@ -1,0 +1,282 @@
+"""What a context costs each model: time to read it, time per token after it, memory, and how much is remembered.
+
+All models of one context and batch size take turns (see `timing`), so that a machine whose speed drifts is as unkind to
+one as to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.bench.costs import Cost, ModelCosts, held_pairs
+from holdfast.bench.memory import available_bytes, peak_bytes
+from holdfast.bench.models import Holdfast
+from holdfast.bench.scorer_share import ScorerShare, scorer_share
+from holdfast.bench.settings import WARM_UP_TOKENS
+from holdfast.bench.timing import Timing, Variant, measure
+from holdfast.cache import HybridCache
+from holdfast.configuration import HybridConfig
+from holdfast.data.progress import track
+from holdfast.evaluation.sample_log import SampleLog
+from holdfast.info import flops_per_token, parameters_by_part
+from holdfast.modeling import HybridForCausalLM
+
+__all__ = ["EfficiencyPlan", "Subject", "measure_efficiency"]
+
+STEPS_PER_TURN = 20
+
+Pace = tuple[int, float]
+"""So many tokens of a row were read in so many seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyPlan:
+    """What is measured, and for how long.
+
+    Attributes:
+        contexts: tokens read before the first step that is timed, rising.
+        batch_sizes: rows read and generated at once.
+        steps: generated tokens of every row that are timed, in turns of 20.
+        repeats: readings of every context, after one to warm up.
+        chunk: tokens of a row that a model reads in one call.
+        limit: seconds after which a model takes no further turn. What is foreseen to take longer in one reading, or to
+            need more memory than there is, is left out.
+        memory: measure peaks too: each takes a further reading, off CUDA in a new process.
+        seed: of the tokens read.
+    """
+
+    contexts: tuple[int, ...] = tuple(1024 << power for power in range(8))
+    batch_sizes: tuple[int, ...] = (1,)
+    steps: int = 200
+    repeats: int = 3
+    chunk: int = 2048
+    limit: float = 60.0
+    memory: bool = True
+    seed: int = 0
+
+    def determining(self) -> dict[str, Any]:
+        """What a measurement follows from beside the model, its context and its batch size."""
+        return {name: getattr(self, name) for name in ("steps", "repeats", "chunk", "memory", "seed")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: saved in a directory, or new and untrained."""
+
+    name: str
+    source: Path | HybridConfig
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Holdfast:
+        """The model, in evaluation mode; random weights come from PyTorch's generator."""
+        if isinstance(self.source, HybridConfig):
+            found = Holdfast(self.source, self.name)
+        else:
+            found = Holdfast(HybridForCausalLM.from_pretrained(self.source, dtype=dtype), self.name)
+        found.model.to(device, dtype)
+        return found
+
+
+def measure_efficiency(
+    subjects: Sequence[Subject],
+    plan: EfficiencyPlan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    logs: Mapping[str, SampleLog] | None = None,
+    progress: bool = True,
+) -> dict[str, ModelCosts]:
+    """Measure all models at all contexts and batch sizes, the short ones first.
+
+    Args:
+        subjects: with names of their own.
+        plan: what to measure.
+        device: where to compute.
+        dtype: of weights and caches.
+        logs: for each name, where costs are kept and, after an interruption, found again; None keeps none.
+        progress: show progress bars when standard error is a terminal.
+
+    Returns:
+        Costs by name. A model's weights are loaded once, and all are held at the same time.
+    """
+    logs = {subject.name: SampleLog(None, {}) for subject in subjects} if logs is None else logs
+    torch.manual_seed(plan.seed)
+    models = {subject.name: subject.load(device, dtype) for subject in subjects}
+    found: dict[str, dict[tuple[int, int], Cost]] = {name: {} for name in models}
+    missing: dict[str, dict[tuple[int, int], str]] = {name: {} for name in models}
+    resumed = dict.fromkeys(models, 0)
+    pace: dict[tuple[str, int], Pace] = {}
+    places = [(context, batch) for batch in plan.batch_sizes for context in sorted(set(plan.contexts))]
+    with torch.no_grad():
+        for context, batch in track(places, "efficiency", progress=progress):
+            group = _Group(plan, context, batch, device, progress, pace)
+            ready: list[tuple[Subject, Holdfast]] = []
+            for subject in subjects:
+                model, log = models[subject.name], logs[subject.name]
+                costs = found[subject.name]
+                if (record := log.records.get(group.name)) is not None:
+                    costs[context, batch] = cost = Cost.from_dict(record)
+                    pace[model.name, batch] = (context, cost.prefill.summary.median)
+                    resumed[subject.name] += 1
+                elif reason := group.hopeless(model, [taken for _, taken in ready]):
+                    missing[subject.name][context, batch] = reason
+                else:
+                    ready.append((subject, model))
+            for name, cost in group.measure(ready).items():
+                found[name][context, batch] = cost
+                pace[name, batch] = (context, cost.prefill.summary.median)
+                logs[name].append({group.name: cost.to_dict()})
+    return {
+        subject.name: _described(subject, models[subject.name], plan, found, missing, resumed) for subject in subjects
+    }
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The measurements of one context and batch size."""
+
+    plan: EfficiencyPlan
+    context: int
+    batch: int
+    device: torch.device
+    progress: bool
+    pace: dict[tuple[str, int], Pace]
+    """By model and batch size."""
+
+    @property
+    def name(self) -> str:
+        """In the log."""
+        return f"{self.context}/{self.batch}"
+
+    def hopeless(self, model: Holdfast, ready: Sequence[Holdfast]) -> str | None:
+        """Why this model cannot be measured here beside those that are `ready`; None where it can."""
+        needed, others = self._bytes(model), sum(map(self._bytes, ready))
+        free = available_bytes(self.device)
+        if free is not None and needed + others > free:
+            left = max(0, free - others) / 2**30
+            return f"about {needed / 2**30:.1f} GiB of memory are needed, {left:.1f} GiB are left beside the others"
+        seconds = self._foreseen(model)
+        if seconds > self.plan.limit:
+            return f"reading would take about {seconds:,.3g} s, the limit is {self.plan.limit:g} s"
+        return None
+
+    def measure(self, ready: Sequence[tuple[Subject, Holdfast]]) -> dict[str, Cost]:
+        """Costs by name, of models that take turns."""
+        if not ready:
+            return {}
+        where = f"{self.context:,} tokens × {self.batch}"
+        caches: dict[str, HybridCache] = {}
+        readings = [self._reading(model, caches) for _, model in ready]
+        prefill = self._timed(readings, f"prefill, {where}", self.plan.repeats)
+        decode_bytes = {model.name: caches[model.name].nbytes for _, model in ready}
+        held = {model.name: held_pairs(caches[model.name]) for _, model in ready}
+        steps = [self._step(model, caches[model.name]) for _, model in ready]
+        decode = self._timed(steps, f"decoding after {where}", -(-self.plan.steps // STEPS_PER_TURN))
+        shares = {model.name: self._scorer_share(model, caches[model.name]) for _, model in ready}
+        caches.clear()
+        costs = {}
+        for subject, model in track(ready, f"memory, {where}", progress=self.progress and self.plan.memory):
+            peak = self._peak(subject, model) if self.plan.memory else None
+            name = model.name
+            costs[name] = Cost(
+                self.context,
+                self.batch,
+                prefill[name],
+                decode[name],
+                decode_bytes[name],
+                peak,
+                held[name],
+                shares[name],
+            )
+        return costs
+
+    def _bytes(self, model: Holdfast) -> int:
+        """Of a cache, and half as much again: a layer's cache grows by copying it, and attention may copy its keys."""
+        return 3 * HybridCache.bytes_for(model.model.config, self.batch, model.model.dtype, self.context) // 2
+
+    def _foreseen(self, model: Holdfast) -> float:
+        """Seconds to read the context, in proportion to the operations of what was read last, at first a chunk."""
+        if (model.name, self.batch) not in self.pace:
+            tokens = min(self.plan.chunk, self.context)
+            [timing] = self._timed([Variant(model.name, partial(self._read, model, tokens))], "pace", 1).values()
+            self.pace[model.name, self.batch] = (tokens, timing.summary.median)
+        tokens, seconds = self.pace[model.name, self.batch]
+        return seconds * model.flops_of_sequence(self.context) / model.flops_of_sequence(tokens)
+
+    def _timed(self, variants: Sequence[Variant], what: str, turns: int) -> dict[str, Timing]:
+        limit, progress = self.plan.limit, self.progress
+        return measure(variants, turns=turns, limit=limit, device=self.device, description=what, progress=progress)
+
+    def _read(self, model: Holdfast, tokens: int) -> HybridCache:
+        return model.prefill(model.random_ids(self.batch, tokens), self.plan.chunk)
+
+    def _reading(self, model: Holdfast, caches: dict[str, HybridCache]) -> Variant:
+        """A reading that leaves its cache in `caches`."""
+        ids = model.random_ids(self.batch, self.context)
+
+        def read() -> None:
+            caches[model.name] = model.prefill(ids, self.plan.chunk)
+
+        return Variant(model.name, read, prepare=lambda: caches.pop(model.name, None))  # never two caches of a model
+
+    def _step(self, model: Holdfast, cache: HybridCache) -> Variant:
+        step = partial(model.read, model.random_ids(self.batch, 1), cache)
+        return Variant(model.name, step, samples_per_turn=min(STEPS_PER_TURN, self.plan.steps))
+
+    def _scorer_share(self, model: Holdfast, cache: HybridCache) -> ScorerShare | None:
+        chunk = model.random_ids(self.batch, min(self.plan.chunk, self.context))
+        token = model.random_ids(self.batch, 1)
+        calls: list[Callable[[], object]] = [partial(model.read, ids, cache) for ids in (chunk, token)]
+        return scorer_share(model.model, *calls, steps=STEPS_PER_TURN, device=self.device)
+
+    def _peak(self, subject: Subject, model: Holdfast) -> int:
+        reading = _Reading(subject, model.model.dtype, self.device, self.plan.chunk, model)
+        warm_up = (1, min(self.context, WARM_UP_TOKENS))
+        return peak_bytes(reading, (self.batch, self.context), warm_up=warm_up, device=self.device)
+
+
+@dataclass
+class _Reading:
+    """Reads random tokens with a model that comes along into a new process as what it is made of."""
+
+    subject: Subject
+    dtype: torch.dtype
+    device: torch.device
+    chunk: int
+    model: Holdfast | None
+
+    def __call__(self, batch: int, tokens: int) -> None:
+        if self.model is None:
+            self.model = self.subject.load(self.device, self.dtype)
+        with torch.no_grad():
+            self.model.prefill(self.model.random_ids(batch, tokens), self.chunk)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"model": None}
+
+
+def _described(
+    subject: Subject,
+    contender: Holdfast,
+    plan: EfficiencyPlan,
+    found: Mapping[str, Mapping[tuple[int, int], Cost]],
+    missing: Mapping[str, Mapping[tuple[int, int], str]],
+    resumed: Mapping[str, int],
+) -> ModelCosts:
+    model = contender.model
+    return ModelCosts(
+        mixers=tuple(model.config.mixers),
+        trained=isinstance(subject.source, Path),
+        parameters=parameters_by_part(model),
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        flops_per_token={context: flops_per_token(model, context) for context in sorted(set(plan.contexts))},
+        scorer_flops_per_token=sum(layer.scorer_flops_per_token for layer in model.model.eviction_layers()),
+        costs=tuple(found[subject.name].values()),
+        missing=missing[subject.name],
+        resumed=resumed[subject.name],
+    )

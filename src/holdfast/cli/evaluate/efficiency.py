@@ -1,0 +1,236 @@
+"""`holdfast evaluate efficiency`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from holdfast.bench.settings import BenchSettings, SizeName
+from holdfast.cli.bench import format_rate, format_seconds
+from holdfast.cli.common import format_bytes, format_count, output_console, quieten_transformers
+from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import (
+    check_picture,
+    model_directories,
+    open_log,
+    require_positive,
+    shown_names,
+    usage_errors,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from holdfast.bench.accuracy import Accuracy
+    from holdfast.bench.costs import Cost, ModelCosts
+    from holdfast.bench.efficiency import EfficiencyPlan, Subject
+    from holdfast.evaluation.sample_log import SampleLog
+
+ABSENT = "not measured"
+SPEED = """\
+speed (p50 to p99: latency per token of a row; scorer: its share of the time; *: one reading, longer than --limit)"""
+MEMORY = """\
+memory (peak: beyond the weights, while reading; held: pairs of key and value, mean over heads)"""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What models cost side by side, by context: speed of reading and generating, latency, peak memory, bytes of cache,
+    pairs held per head, the scorers' share of the time, parameters and operations.
+
+    Without models: every mixture of mixers in this library, untrained, with equally many parameters. Models take turns,
+    so that a machine whose speed drifts is fair to all."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Directories of trained models; none: untrained ones of --size."""
+    size: SizeName = "43m"
+    """Of untrained models. 43m: 12 layers, hidden size 512."""
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    """Tokens read before the steps that are timed."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Rows read and generated at once."""
+    steps: int = 200
+    """Generated tokens of every row that are timed."""
+    repeats: int = 3
+    """Readings of every context that are timed."""
+    chunk: int = 2048
+    """Tokens that a model reads in one call."""
+    limit: float = 60.0
+    """Seconds after which a model takes no further turn. A context that would take longer to read once, or needs more
+    memory than is free, is not measured."""
+    memory: bool = True
+    """Measure peak memory: one more reading each, off CUDA in a new process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    threads: int | None = None
+    """Of PyTorch on the CPU; left out: as many as PyTorch takes (OMP_NUM_THREADS)."""
+    seed: int = 0
+    """Of the tokens read, and of random weights."""
+    accuracy: Path | None = None
+    """What `holdfast evaluate needle --json` or `holdfast demo` (results.json) wrote about the same models, for
+    --pareto."""
+    json: Path | None = None
+    """Write all numbers to this file, and each as soon as it is measured to FILE.samples.jsonl, where a run that was
+    interrupted goes on."""
+    plot: Path | None = None
+    """Draw costs by context into this file (png, svg or pdf)."""
+    pareto: Path | None = None
+    """Draw accuracy against bytes of cache and against latency into this file; needs --accuracy."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "contexts", "batch_sizes", "steps", "repeats", "chunk", "threads")
+        if not (self.contexts and self.batch_sizes):
+            raise UsageError("Give at least one of --contexts and one of --batch-sizes.")
+        if not self.limit > 0:
+            raise UsageError(f"--limit is {self.limit:g}; give more than 0 seconds.")
+        check_picture(self.plot)
+        check_picture(self.pareto, "--pareto")
+        if (self.pareto is None) != (self.accuracy is None):
+            raise UsageError("--pareto and --accuracy go together; give both or neither.")
+        if self.pareto is not None and not self.models:
+            raise UsageError("--pareto needs trained models, whose accuracies --accuracy holds; name them.")
+
+    def run(self) -> list[Table]:
+        """Measure, and show tables; returns them."""
+        from holdfast.bench.efficiency import EfficiencyPlan, measure_efficiency
+
+        accuracies = self._accuracies()
+        subjects = self._subjects()
+        with usage_errors():
+            device, dtype = BenchSettings(
+                device=self.device, dtype=self.dtype, threads=self.threads, seed=self.seed
+            ).resolve()
+        quieten_transformers()
+        names = ("contexts", "batch_sizes", "steps", "repeats", "chunk", "limit", "memory", "seed")
+        plan = EfficiencyPlan(**{name: getattr(self, name) for name in names})
+        settings = {**plan.determining(), "dtype": str(dtype).removeprefix("torch.")}
+        logs = {subject.name: self._log(subject, settings) for subject in subjects}
+        results = measure_efficiency(subjects, plan, device=device, dtype=dtype, logs=logs)
+        tables = [_speed_table(results, plan), _memory_table(results, plan), _models_table(results)]
+        if any(costs.missing for costs in results.values()):
+            tables.append(_missing_table(results))
+        output_console().print(*tables)
+        if self.json is not None:
+            chosen = {**settings, "contexts": self.contexts, "batch_sizes": self.batch_sizes, "limit": self.limit}
+            models = {name: costs.to_dict() for name, costs in results.items()}
+            write_results(self.json, "efficiency", chosen, models)
+        self._draw(results, accuracies, settings["dtype"])
+        return tables
+
+    def _accuracies(self) -> dict[str, list[Accuracy]]:
+        from holdfast.bench.accuracy import read_accuracies
+
+        if self.accuracy is None:
+            return {}
+        with usage_errors():
+            return read_accuracies(self.accuracy)
+
+    def _subjects(self) -> list[Subject]:
+        from holdfast.bench.efficiency import Subject
+        from holdfast.bench.models import SIZES, equal_configs
+
+        if self.models:
+            names = shown_names(model_directories(self.models, "efficiency"))
+            return [Subject(name, directory) for directory, name in names.items()]
+        return [Subject(name, config) for name, config in equal_configs(SIZES[self.size]).items()]
+
+    def _log(self, subject: Subject, settings: Mapping[str, Any]) -> SampleLog:
+        """The log of one model on this machine."""
+        from holdfast.machine import describe_machine
+
+        machine = describe_machine()
+        where = {name: machine[name] for name in ("processor", "accelerator", "threads")} | {"device": self.device}
+        return open_log(self.json, "efficiency", subject.source, {**settings, **where}, what="measurements")
+
+    def _draw(self, results: Mapping[str, ModelCosts], accuracies: Mapping[str, list[Accuracy]], dtype: str) -> None:
+        from holdfast.bench.efficiency_plots import pareto_points, plot_costs, plot_pareto
+        from holdfast.bench.plots import machine_line
+        from holdfast.machine import describe_machine
+
+        with usage_errors():
+            if self.plot is not None:
+                plot_costs(results, self.plot, machine=machine_line(describe_machine(), dtype))
+            if self.pareto is not None:
+                plot_pareto(pareto_points(results, accuracies), self.pareto)
+
+
+def _speed_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+    def cells(cost: Cost) -> list[str]:
+        latency = cost.decode.summary
+        scorer = ("–", "–") if cost.scorer is None else (f"{cost.scorer.prefill:.0%}", f"{cost.scorer.decode:.0%}")
+        rate = format_rate(cost.prefill_rate) + ("" if cost.prefill.warmed_up else "*")
+        seconds = (format_seconds(value) for value in (latency.median, latency.p90, latency.p99))
+        return [rate, format_rate(cost.decode_rate), *seconds, *scorer]
+
+    headings = ("prefill tok/s", "decode tok/s", "p50", "p90", "p99", "scorer, prefill", "decode")
+    return _by_place(SPEED, headings, cells, results, plan)
+
+
+def _memory_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+    def cells(cost: Cost) -> list[str]:
+        peak = ABSENT if cost.peak_bytes is None else format_bytes(cost.peak_bytes)
+        if cost.held is None:
+            return [peak, format_bytes(cost.cache_bytes), "–", "–"]
+        stored = "–" if cost.held.stored is None else f"{cost.held.stored:,.0f}"
+        return [peak, format_bytes(cost.cache_bytes), f"{cost.held.mean:,.0f}", stored]
+
+    return _by_place(MEMORY, ("peak memory", "cache", "held per head", "in store"), cells, results, plan)
+
+
+def _by_place(
+    title: str,
+    headings: Sequence[str],
+    cells: Callable[[Cost], list[str]],
+    results: Mapping[str, ModelCosts],
+    plan: EfficiencyPlan,
+) -> Table:
+    """A row for each batch size, context and model."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("batch", "context", "model"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for batch in plan.batch_sizes:
+        for context in sorted(set(plan.contexts)):
+            table.add_section()
+            for name, costs in results.items():
+                cost = costs.at(context, batch)
+                shown = [ABSENT] if cost is None else cells(cost)
+                table.add_row(f"{batch:,}", f"{context:,}", name, *shown)
+    return table
+
+
+def _models_table(results: Mapping[str, ModelCosts]) -> Table:
+    """A column for each model."""
+    table = Table(title="models (operations: of one forward token, multiply-adds × 2)", title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    every = list(results.values())
+    table.add_row("weights", *("trained" if costs.trained else "random" for costs in every))
+    table.add_row("parameters", *(f"{sum(costs.parameters.values()):,}" for costs in every))
+    scorers = (costs.parameters.get("retention scorer") for costs in every)
+    table.add_row("of scorers", *("–" if count is None else f"{count:,}" for count in scorers))
+    for context in every[0].flops_per_token:
+        table.add_row(f"operations at {context:,}", *(format_count(costs.flops_per_token[context]) for costs in every))
+    shares = (costs.scorer_flops_per_token for costs in every)
+    table.add_row("of scorers", *(format_count(count) if count else "–" for count in shares))
+    return table
+
+
+def _missing_table(results: Mapping[str, ModelCosts]) -> Table:
+    """A row for each context and batch size that a model was not measured at."""
+    table = Table(title=ABSENT, title_justify="left")
+    for heading in ("model", "context", "batch"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("because")
+    for name, costs in results.items():
+        for (context, batch), reason in costs.missing.items():
+            table.add_row(name, f"{context:,}", f"{batch:,}", reason)
+    return table
