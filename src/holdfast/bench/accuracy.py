@@ -26,7 +26,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
     """Accuracies by the name of the model's directory.
 
     Of the needle task it is that beyond the window, of RULER's tasks that of all tasks at each length. Models are
-    named by the last part of what the file calls them.
+    named by the last part of what the file calls them, where that tells them apart.
 
     Args:
         path: what `holdfast evaluate needle --json` or `holdfast demo` (results.json) wrote.
@@ -38,11 +38,13 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         models = data.get("models", data)
-        found = {Path(name).name: _accuracies(entry) for name, entry in models.items()}
+        found = {name: _accuracies(entry) for name, entry in models.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = f"{path} holds no accuracies; give what `holdfast evaluate needle --json` or `holdfast demo` wrote."
         raise ValueError(message) from error
-    return {name: accuracies for name, accuracies in found.items() if accuracies}
+    last = [Path(name).name for name in found]
+    by_last = dict(zip(last, found.values(), strict=True)) if len(set(last)) == len(last) else found
+    return {name: accuracies for name, accuracies in by_last.items() if accuracies}
 
 
 def _accuracies(entry: Mapping[str, Any]) -> list[Accuracy]:

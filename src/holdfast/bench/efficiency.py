@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from holdfast.bench.costs import Cost, ModelCosts, held_pairs
 from holdfast.bench.memory import available_bytes, peak_bytes
@@ -77,6 +78,7 @@ class Subject:
         if isinstance(self.source, HybridConfig):
             found = Holdfast(self.source, self.name)
         else:
+            disable_progress_bar()  # in a process that measures memory it has not been done
             found = Holdfast(HybridForCausalLM.from_pretrained(self.source, dtype=dtype), self.name)
         found.model.to(device, dtype)
         return found

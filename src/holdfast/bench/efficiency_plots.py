@@ -152,7 +152,7 @@ def _draw_front(axes: Axes, points: Sequence[Point], costs: Sequence[float], lab
         axes.errorbar([cost], [height], bars, fmt="o", color=f"C{number}", capsize=3, label=point.name)
     front = pareto_front(costs, heights)
     best = [costs[index] for index in front], [heights[index] for index in front]
-    axes.plot(*best, color="0.6", linewidth=1, zorder=0, label="best")
+    axes.plot(*best, color="0.6", linewidth=1, drawstyle="steps-post", zorder=0, label="best")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(unit))

@@ -14,6 +14,7 @@ from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.recall import Recall
 from holdfast.cli.evaluate.scorers import Scorers
+from holdfast.cli.evaluate.suite import All
 from holdfast.cli.evaluate.turns import Turns
 from holdfast.cli.parsing import parse
 
@@ -30,6 +31,7 @@ examples:
   holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048
   holdfast evaluate efficiency --contexts 1024 4096 16384 --batch-sizes 1 4 --json costs.json --plot costs.png
   holdfast evaluate efficiency runs/demo/needle-* --accuracy runs/demo/results.json --pareto pareto.png
+  holdfast evaluate all runs/demo/needle-lalte runs/demo/needle-gdn-full --output evaluation
   holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
 
 needle, recall, turns and efficiency keep every answer beside the file of --json and continue there after an
@@ -44,6 +46,7 @@ EVALUATIONS = (
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Scorers, tyro.conf.subcommand("scorers")]
     | Annotated[Efficiency, tyro.conf.subcommand("efficiency")]
+    | Annotated[All, tyro.conf.subcommand("all")]
 )
 
 

@@ -93,20 +93,19 @@ class Needle:
         require_positive(self, "length", "samples", "batch_size")
         check_picture(self.plot)
 
-    def run(self) -> None:
-        """Evaluate, and show a table."""
+    def run(self) -> list[Table]:
+        """Evaluate, and show a table; returns it."""
         directories = model_directories(self.models, "needle")
         kinds = {reads_text(directory) for directory in directories}
         if len(kinds) > 1:
             raise UsageError("Some of the models read text and some do not; evaluate them in two calls.")
         if kinds == {True}:
             _refuse_changed(self.own, f"{directories[0]} reads text")
-            self._find_in_text(directories)
-        else:
-            _refuse_changed(self.text, f"{directories[0]} has no tokenizer.json and so gets the needle task")
-            self._answer_own_task(directories)
+            return [self._find_in_text(directories)]
+        _refuse_changed(self.text, f"{directories[0]} has no tokenizer.json and so gets the needle task")
+        return [self._answer_own_task(directories)]
 
-    def _find_in_text(self, directories: list[Path]) -> None:
+    def _find_in_text(self, directories: list[Path]) -> Table:
         from holdfast.data.ruler import RULER_TASKS
         from holdfast.evaluation.ruler import RulerSettings, evaluate_ruler, plot_ruler
 
@@ -133,19 +132,20 @@ class Needle:
                 batch_size=4 if self.batch_size is None else self.batch_size,
                 beyond=self.beyond,
             )
-        _show_text(results)
+        table = _show_text(results)
         if self.json is not None:
             models = {name: result.to_dict() for name, result in results.items()}
             write_results(self.json, "needle", {**settings.to_dict(), "dtype": self.dtype}, models)
         if self.plot is not None:
             plot_ruler(results, self.plot)
+        return table
 
     def _determining(self, settings: RulerSettings) -> dict[str, Any]:
         """What an answer follows from beside task, length, depth and index, which name it."""
         values = settings.to_dict()
         return {name: values[name] for name in ("new_tokens", "seed", "essays")} | {"dtype": self.dtype}
 
-    def _answer_own_task(self, directories: list[Path]) -> None:
+    def _answer_own_task(self, directories: list[Path]) -> Table:
         from holdfast.evaluation.needle import evaluate_needle, plot_accuracy_by_distance
         from holdfast.machine import describe_machine
 
@@ -170,12 +170,13 @@ class Needle:
             )
             for directory, task in zip(directories, tasks, strict=True)
         }
-        _show_own_task(results)
+        table = _show_own_task(results)
         if self.json is not None:
             machine = describe_machine()
             write_json(self.json, {name: {**result.to_dict(), "machine": machine} for name, result in results.items()})
         if self.plot is not None:
             plot_accuracy_by_distance(results, self.plot)
+        return table
 
 
 def _refuse_changed(options: TextOptions | OwnTaskOptions, reason: str) -> None:
@@ -186,7 +187,7 @@ def _refuse_changed(options: TextOptions | OwnTaskOptions, reason: str) -> None:
             raise UsageError(f"{reason}; leave --{option.name.replace('_', '-')} out.")
 
 
-def _show_text(results: Mapping[str, RulerResult]) -> None:
+def _show_text(results: Mapping[str, RulerResult]) -> Table:
     """A row for each model and task, a column for each length."""
     table = Table(title="needles found (95 % interval over samples)")
     table.add_column("model")
@@ -200,9 +201,10 @@ def _show_text(results: Mapping[str, RulerResult]) -> None:
             shown = [show_share(cell.match_all) for cell in result.cells if cell.task == task]
             table.add_row(name, task, *shown)
     output_console().print(table)
+    return table
 
 
-def _show_own_task(results: dict[str, NeedleResult]) -> None:
+def _show_own_task(results: dict[str, NeedleResult]) -> Table:
     """One row per stretch of distances, one column per model."""
     table = Table(title="accuracy by distance between question and answer (95 % interval)")
     table.add_column("distance", justify="right", no_wrap=True)
@@ -219,3 +221,4 @@ def _show_own_task(results: dict[str, NeedleResult]) -> None:
     perplexities = (result.total.perplexity for result in results.values())
     table.add_row("perplexity", *("–" if value is None else f"{value:.3f}" for value in perplexities))
     output_console().print(table)
+    return table

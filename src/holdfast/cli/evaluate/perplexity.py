@@ -44,8 +44,8 @@ class Perplexity:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         require_positive(self, "batch_size", "max_blocks", "bins")
 
-    def run(self) -> None:
-        """Evaluate, and show a table."""
+    def run(self) -> list[Table]:
+        """Evaluate, and show a table; returns it."""
         from holdfast.data.text import PackedText, is_prepared, load_text, load_tokenizer, open_prepared
         from holdfast.data.tokenizers import fingerprint
         from holdfast.evaluation.perplexity import evaluate_perplexity
@@ -79,3 +79,4 @@ class Perplexity:
         output_console().print(f"{result.bits_per_token:.4f} bits per token")
         if self.json is not None:
             write_json(self.json, result.to_dict())
+        return [table]

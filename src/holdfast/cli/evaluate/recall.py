@@ -54,8 +54,8 @@ class Recall:
     def __post_init__(self) -> None:
         require_positive(self, "limit", "new_tokens", "batch_size")
 
-    def run(self) -> None:
-        """Evaluate, and show a table."""
+    def run(self) -> list[Table]:
+        """Evaluate, and show a table; returns it."""
         from holdfast.data.recall import load_recall
         from holdfast.evaluation.recall import evaluate_recall
 
@@ -86,9 +86,10 @@ class Recall:
                 )
                 for task, asked in samples.items()
             }
-        _show(results)
+        table = _show(results)
         if self.json is not None:
             self._write(self.json, results)
+        return [table]
 
     def _longest(self, samples: Mapping[str, list[RecallSample]], tokenizer: Any) -> int:
         prompts = [sample.prompt for asked in samples.values() for sample in asked]
@@ -107,7 +108,7 @@ class Recall:
         write_results(path, "recall", settings, models)
 
 
-def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> None:
+def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> Table:
     """A row for each model, a column for each task."""
     table = Table(title="answers found in one line of continuation (95 % interval)")
     table.add_column("model")
@@ -117,3 +118,4 @@ def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> None:
     for name, tasks in results.items():
         table.add_row(name, *(show_share(result.contains) for result in tasks.values()))
     output_console().print(table)
+    return table

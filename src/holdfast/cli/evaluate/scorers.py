@@ -60,8 +60,8 @@ class Scorers:
         require_positive(self, "budgets", "samples", "max_blocks")
         check_picture(self.plot)
 
-    def run(self) -> None:
-        """Compare, and show a table."""
+    def run(self) -> list[Table]:
+        """Compare, and show a table; returns it."""
         from holdfast.data.progress import track
         from holdfast.evaluation.scorers import SCORERS, compare_scorers
 
@@ -79,13 +79,14 @@ class Scorers:
             total = len(scorers) * len(self.budgets)
             for scorer, budget, value in track(compared, str(directory), total=total, progress=self.progress):
                 values[scorer][budget].append(value)
-        self._show(values)
+        table = self._show(values)
         if self.json is not None:
             write_json(self.json, self._record(values))
         if self.plot is not None:
             from holdfast.evaluation.scorers import plot_comparison
 
             plot_comparison(values, self.plot, what=self._what)
+        return [table]
 
     @property
     def _what(self) -> str:
@@ -116,7 +117,7 @@ class Scorers:
         blocks = PackedText.from_texts(texts, load_tokenizer(directory), self.length, max_tokens=needed)
         return [blocks[index] for index in range(min(len(blocks), self.max_blocks))]
 
-    def _show(self, values: Values) -> None:
+    def _show(self, values: Values) -> Table:
         title = f"{self._what}, by slots per head"
         if len(self.models) > 1:
             title += f"; mean of {len(self.models)} models"
@@ -128,6 +129,7 @@ class Scorers:
             shown = "{:.1%}" if self.data is None else "{:.3f}"
             table.add_row(scorer, *(shown.format(mean(found)) for found in by_budget.values()))
         output_console().print(table)
+        return table
 
     def _record(self, values: Values) -> Mapping[str, Any]:
         from holdfast.machine import describe_machine

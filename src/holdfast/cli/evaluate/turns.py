@@ -69,8 +69,8 @@ class Turns:
         require_positive(self, "turns", "facts", "questions", "turn_length", "conversations", "batch_size")
         check_picture(self.plot)
 
-    def run(self) -> None:
-        """Evaluate, and show a table."""
+    def run(self) -> list[Table]:
+        """Evaluate, and show a table; returns it."""
         from holdfast.data.turns import TurnPlan
         from holdfast.evaluation.turns import evaluate_turns, plot_turns
 
@@ -95,7 +95,7 @@ class Turns:
             )
             for directory, script in scripts.items()
         }
-        _show(results)
+        table = _show(results)
         if self.json is not None:
             models = {
                 names[directory]: {"script": script.to_dict(), **results[names[directory]].to_dict()}
@@ -104,6 +104,7 @@ class Turns:
             write_results(self.json, "turns", settings, models)
         if self.plot is not None:
             plot_turns(results, self.plot)
+        return [table]
 
     def _scripts(self, directories: list[Path], plan: TurnPlan, turn_length: int) -> dict[Path, TurnScript]:
         from holdfast.data.turns import NeedleTurns, TextTurns
@@ -129,7 +130,7 @@ class Turns:
         return (HybridConfig.from_pretrained(directory).max_position_embeddings - 1) // self.turns
 
 
-def _show(results: Mapping[str, TurnsResult]) -> None:
+def _show(results: Mapping[str, TurnsResult]) -> Table:
     """One row per number of turns back, one column per model."""
     table = Table(title="accuracy by turns between fact and question (95 % interval)")
     table.add_column("turns back", justify="right")
@@ -142,3 +143,4 @@ def _show(results: Mapping[str, TurnsResult]) -> None:
     table.add_row("tokens", *(f"{result.tokens_said:,.0f}" for result in results.values()))
     table.add_row("cache", *(format_bytes(round(result.cache_bytes)) for result in results.values()))
     output_console().print(table)
+    return table

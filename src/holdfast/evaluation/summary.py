@@ -1,0 +1,147 @@
+"""One page about everything that was measured of some models."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.pages import heading, note, paragraph, picture_element, table_element, write_page
+
+__all__ = ["PartResult", "ShownTable", "write_summary"]
+
+
+@dataclass(frozen=True)
+class ShownTable:
+    """A table as it was shown, as plain text."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+    @classmethod
+    def of(cls, table: Table) -> ShownTable:
+        """The texts of a table of rich's."""
+        columns = [[_plain(cell) for cell in column.cells] for column in table.columns]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        return cls(_plain(table.title or ""), [_plain(column.header) for column in table.columns], rows)
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What one evaluation found.
+
+    Attributes:
+        title: what was evaluated.
+        tables: as it showed them.
+        pictures: names of PNG files in the directory of the results.
+        settings: what it was called with.
+        machine: `describe_machine()` of then.
+        seconds: that it took.
+        skipped: why it was not done; None where it was.
+    """
+
+    title: str
+    tables: tuple[ShownTable, ...] = ()
+    pictures: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    machine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PartResult:
+        """Inverse of `to_dict`."""
+        tables = tuple(ShownTable(**table) for table in data["tables"])
+        return cls(**{**data, "tables": tables, "pictures": tuple(data["pictures"])})
+
+
+def write_summary(
+    parts: Sequence[PartResult],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    machine: Mapping[str, Any],
+) -> Path:
+    """Write one HTML page that needs neither network nor server.
+
+    It shows tables and pictures of all parts, what was not done and why, and what belongs to the numbers: settings,
+    seeds, machine, versions and commit.
+
+    Args:
+        parts: in the order of the page.
+        path: file to write, replaced only when the page is complete; the pictures lie beside it.
+        title: heading of the page.
+        machine: `describe_machine()`, of now.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: if there is no part.
+        OSError: if a picture cannot be read.
+    """
+    if not parts:
+        raise ValueError("there is nothing to report on; give at least one part.")
+    done = [part for part in parts if part.skipped is None]
+    elements = [_overview(parts)]
+    for part in done:
+        elements.append(heading(part.title))
+        elements += [table_element(table.headings, table.rows, table.title) for table in part.tables]
+        elements += [picture_element(Path(path).parent / name, part.title) for name in part.pictures]
+        elements.append(note("Settings: " + _listed(part.settings)))
+    elements += [heading("Where this was measured"), _machines(done, machine)]
+    return write_page(path, title, elements)
+
+
+def _overview(parts: Sequence[PartResult]) -> str:
+    """One row per part."""
+    rows = []
+    for part in parts:
+        if part.skipped is None:
+            seed = part.settings.get("seed")
+            commit = (part.machine.get("commit") or "unknown")[:10]
+            rows.append([part.title, f"{part.seconds:,.1f} s", "–" if seed is None else str(seed), commit])
+        else:
+            rows.append([part.title, f"not measured: {part.skipped}", "–", "–"])
+    return table_element(["evaluation", "measured in", "seed", "commit"], rows)
+
+
+def _machines(parts: Sequence[PartResult], now: Mapping[str, Any]) -> str:
+    """The machine, versions and commit; where the parts were measured on several, one column for each."""
+    machines = [dict(part.machine) for part in parts] or [dict(now)]
+    different = [machine for index, machine in enumerate(machines) if machine not in machines[:index]]
+    flat = [_flat(machine) for machine in different]
+    names = list(dict.fromkeys(name for machine in flat for name in machine))
+    rows = [[name, *(machine.get(name, "–") for machine in flat)] for name in names]
+    table = table_element(["", *(["value"] if len(flat) == 1 else [str(n + 1) for n in range(len(flat))])], rows)
+    if len(flat) == 1:
+        return table
+    return paragraph("Parts of this page were measured at different times, by these programs and machines.") + table
+
+
+def _flat(machine: Mapping[str, Any]) -> dict[str, str]:
+    """Names and texts, the packages one by one."""
+    rows: dict[str, str] = {}
+    for name, value in machine.items():
+        entries = {name: value} if not isinstance(value, Mapping) else value
+        rows |= {key: "none" if entry is None else str(entry) for key, entry in entries.items()}
+    return rows
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
+
+
+def _plain(cell: Any) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)
