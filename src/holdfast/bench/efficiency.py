@@ -6,6 +6,7 @@ one as to another.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,33 +170,38 @@ class _Group:
 
     def measure(self, ready: Sequence[tuple[Subject, Holdfast]]) -> dict[str, Cost]:
         """Costs by name, of models that take turns."""
-        if not ready:
-            return {}
-        where = f"{self.context:,} tokens × {self.batch}"
+        costs = self._speeds([model for _, model in ready]) if ready else {}
+        if not self.plan.memory:
+            return costs
+        for subject, model in track(ready, f"memory, {self._where}", progress=self.progress):
+            costs[model.name] = dataclasses.replace(costs[model.name], peak_bytes=self._peak(subject, model))
+        return costs
+
+    @property
+    def _where(self) -> str:
+        return f"{self.context:,} tokens × {self.batch}"
+
+    def _speeds(self, models: Sequence[Holdfast]) -> dict[str, Cost]:
+        """All but the peaks; the caches are gone when it returns."""
         caches: dict[str, HybridCache] = {}
-        readings = [self._reading(model, caches) for _, model in ready]
-        prefill = self._timed(readings, f"prefill, {where}", self.plan.repeats)
-        decode_bytes = {model.name: caches[model.name].nbytes for _, model in ready}
-        held = {model.name: held_pairs(caches[model.name]) for _, model in ready}
-        steps = [self._step(model, caches[model.name]) for _, model in ready]
-        decode = self._timed(steps, f"decoding after {where}", -(-self.plan.steps // STEPS_PER_TURN))
-        shares = {model.name: self._scorer_share(model, caches[model.name]) for _, model in ready}
-        caches.clear()
-        costs = {}
-        for subject, model in track(ready, f"memory, {where}", progress=self.progress and self.plan.memory):
-            peak = self._peak(subject, model) if self.plan.memory else None
-            name = model.name
-            costs[name] = Cost(
+        readings = [self._reading(model, caches) for model in models]
+        prefill = self._timed(readings, f"prefill, {self._where}", self.plan.repeats)
+        at_first = {name: (cache.nbytes, held_pairs(cache)) for name, cache in caches.items()}  # steps make them longer
+        steps = [self._step(model, caches[model.name]) for model in models]
+        decode = self._timed(steps, f"decoding after {self._where}", -(-self.plan.steps // STEPS_PER_TURN))
+        return {
+            model.name: Cost(
                 self.context,
                 self.batch,
-                prefill[name],
-                decode[name],
-                decode_bytes[name],
-                peak,
-                held[name],
-                shares[name],
+                prefill=prefill[model.name],
+                decode=decode[model.name],
+                cache_bytes=at_first[model.name][0],
+                peak_bytes=None,
+                held=at_first[model.name][1],
+                scorer=self._scorer_share(model, caches[model.name]),
             )
-        return costs
+            for model in models
+        }
 
     def _bytes(self, model: Holdfast) -> int:
         """Of a cache, and half as much again: a layer's cache grows by copying it, and attention may copy its keys."""

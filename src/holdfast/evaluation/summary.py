@@ -140,7 +140,8 @@ def _flat(machine: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
+    values = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items()}
+    return ", ".join(f"{name} {' '.join(map(str, value))}" for name, value in values.items()) + "."
 
 
 def _plain(cell: Any) -> str:

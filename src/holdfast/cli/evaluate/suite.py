@@ -17,7 +17,7 @@ from holdfast.cli.common import error_console, output_console
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import model_directories, reads_text, require_positive, shown_names
 from holdfast.cli.evaluate.efficiency import Efficiency
-from holdfast.cli.evaluate.needle import Needle, TextOptions
+from holdfast.cli.evaluate.needle import Needle, OwnTaskOptions, TextOptions
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.recall import Recall
 from holdfast.cli.evaluate.scorers import Scorers
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PartName = Literal["needle", "turns", "perplexity", "recall", "scorers", "efficiency"]
 PARTS: tuple[PartName, ...] = ("needle", "turns", "perplexity", "recall", "scorers", "efficiency")
-UNSHOWN = ("models", "model", "json", "plot", "pareto", "accuracy", "progress")
+UNSHOWN = ("models", "model", "json", "plot", "pareto", "accuracy", "progress", "size")
 """Options of the evaluations that no number follows from, but for the models, which have fingerprints."""
 
 
@@ -162,10 +162,14 @@ def _skipped(part: Part, reason: str) -> PartResult:
 
 def _settings(command: Any) -> dict[str, Any]:
     """What the numbers follow from beside the models, plain; files that are written do not belong to it."""
-    values = dataclasses.asdict(command)
-    nested = [name for name, value in values.items() if isinstance(value, dict)]
-    for name in nested:
-        values |= values.pop(name)
+    values: dict[str, Any] = {}
+    for option in dataclasses.fields(command):
+        value = getattr(command, option.name)
+        if isinstance(value, TextOptions | OwnTaskOptions):
+            chosen = value != type(value)()  # those for models of the other kind are as they were
+            values |= dataclasses.asdict(value) if chosen else {}
+        else:
+            values[option.name] = value
     return {name: value for name, value in values.items() if name not in UNSHOWN and value not in (None, ())}
 
 

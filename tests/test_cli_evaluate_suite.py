@@ -1,0 +1,180 @@
+"""`holdfast evaluate efficiency` and `all`: tables, pictures, the page, refusals, and what is kept."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast import HybridForCausalLM
+from holdfast.cli import main
+from holdfast.cli.evaluate.efficiency import Efficiency
+from holdfast.cli.evaluate.needle import Needle
+from holdfast.data.needle import NeedleTask
+from holdfast.data.text import byte_tokenizer
+from holdfast.settings import to_toml
+from holdfast.training.recipe import NeedleData, load_recipe
+
+QUICK = ("--contexts", "24", "40", "--steps", "20", "--repeats", "1", "--no-memory")
+EVIL = "<b>tokens&"
+
+
+@pytest.fixture
+def models(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> Path:
+    """`lalte` and one with a name to escape know the needle task; `text` reads bytes."""
+    task = NeedleTask(length=24, num_pairs=3, num_keys=40, num_values=8, num_noise=4, window=6)
+    recipe = to_toml(dataclasses.replace(load_recipe("needle-gdn"), data=NeedleData(task=task)))
+    for name, mixer in (("lalte", "learned_eviction"), (EVIL, "full_attention"), ("text", "learned_eviction")):
+        size = 259 if name == "text" else task.vocab_size
+        model = small_model("gated_deltanet", mixer, vocab_size=size, max_position_embeddings=300)
+        model.save_pretrained(tmp_path / name)
+        if name == "text":
+            byte_tokenizer().save_pretrained(tmp_path / name)
+        else:
+            (tmp_path / name / "recipe.toml").write_text(recipe)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    return tmp_path
+
+
+def test_efficiency_of_trained_models(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = [str(models / "lalte"), str(models / EVIL)]
+    needle, out = models / "needle.json", models / "costs.json"
+    assert main(["evaluate", "needle", *both, "--samples", "4", "--json", str(needle)]) == 0
+    drawn = ["--plot", str(models / "c.png"), "--accuracy", str(needle), "--pareto", str(models / "p.svg")]
+    argv = ["evaluate", "efficiency", *both, *QUICK, "--batch-sizes", "1", "2", "--json", str(out)]
+    capsys.readouterr()
+    assert main([*argv, *drawn]) == 0
+    shown = capsys.readouterr().out
+    for heading in ("prefill tok/s", "p99", "peak memory", "held per head", "not measured", "operations at 40"):
+        assert heading in shown
+    assert (models / "c.png").stat().st_size > 10_000
+    assert (models / "p.svg").stat().st_size > 10_000
+    data = json.loads(out.read_text())
+    assert (data["evaluation"], data["settings"]["seed"], data["settings"]["dtype"]) == ("efficiency", 0, "float32")
+    assert data["machine"]["packages"]["torch"]
+    assert list(data["models"]) == ["lalte", EVIL]
+    for entry in data["models"].values():
+        assert entry["trained"]
+        assert [(cost["context"], cost["batch"]) for cost in entry["costs"]] == [(24, 1), (40, 1), (24, 2), (40, 2)]
+    assert main(argv) == 0
+    assert "going on after 4 measurements" in capsys.readouterr().err
+    again = json.loads(out.read_text())["models"]
+    assert [again[name]["costs"] for name in again] == [data["models"][name]["costs"] for name in again]
+    assert [entry["resumed"] for entry in again.values()] == [4, 4]
+
+
+def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    argv = ["evaluate", "efficiency", "--size", "tiny", *QUICK, "--contexts", "24", "--json", str(out)]
+    assert main(argv) == 0
+    found = json.loads(out.read_text())["models"]
+    assert list(found) == ["GDN", "GDN + SWA", "laLTE", "laNSA", "GDN + full attention", "full attention"]
+    assert not any(entry["trained"] or entry["resumed"] for entry in found.values())
+    assert main(argv) == 0
+    assert all(entry["resumed"] == 1 for entry in json.loads(out.read_text())["models"].values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["efficiency", "nowhere"], "There is no model directory nowhere"),
+        (["efficiency", "--contexts", "0"], "--contexts is 0"),
+        (["efficiency", "--limit", "0"], "--limit is 0"),
+        (["efficiency", "--pareto", "p.png"], "--pareto and --accuracy go together"),
+        (["efficiency", "--pareto", "p.png", "--accuracy", "a.json"], "needs trained models"),
+        (["efficiency", "--plot", "p.bmp"], "--plot is p.bmp"),
+        (["efficiency", "m", "--pareto", "p.bmp", "--accuracy", "a.json"], "--pareto is p.bmp"),
+        (["all"], "Give at least one model directory"),
+        (["all", "nowhere"], "There is no model directory nowhere"),
+        (["all", "nowhere", "--samples", "0"], "--samples is 0"),
+        (["all", "nowhere", "--parts", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def run_all(models: Path, *options: str) -> str:
+    """The page, without what its pictures hold."""
+    names = [str(models / name) for name in ("lalte", EVIL, "text")]
+    argv = ["evaluate", "all", *names, "--samples", "16", "--contexts", "24", "--output", str(models / "out"), *options]
+    assert main(argv) == 0
+    page = (models / "out" / "index.html").read_text(encoding="utf-8")
+    return re.sub(r'src="data:image/png;base64,iVBOR[^"]*"', 'src="picture"', page)
+
+
+def test_everything_on_one_page(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(monkeypatch)
+    page = run_all(models, "--data", str(models / "text.txt"))
+    assert page.count('src="picture"') == 6  # needle, turns, two of scorers, costs, pareto
+    assert not re.search(r'src="(?!picture")|href=|https?://|<script', page)
+    assert "<b>" not in page
+    assert "&lt;b&gt;tokens&amp;" in page
+    assert str(models) not in re.sub(r"<td>.*?</td>|<th>.*?</th>|<caption>.*?</caption>", "", page)
+    for text in ("accuracy by distance", "turns back", "perplexity, text", "slots per head", "prefill tok/s", "seed 0"):
+        assert text in page
+    for reason in ("no --haystack was given", "no --squad was given", "has no layer of learned eviction"):
+        assert f"not measured: {reason}" in page or f"not measured: the model {reason}" in page
+    assert "more than the length of 300" in page  # RULER's question does not fit
+    for name in ("torch", "commit", "processor"):
+        assert f"<td>{name}</td>" in page
+    for name in ("needle-task", "turns-task", "perplexity-text", "scorers-lalte", "efficiency"):
+        assert json.loads((models / "out" / f"{name}.json").read_text())
+
+
+def test_what_was_measured_is_kept(
+    models: Path, monkeypatch: pytest.MonkeyPatch, small_model: Callable[..., HybridForCausalLM]
+) -> None:
+    quick(monkeypatch)
+    calls = counted(monkeypatch)
+    parts = ("--parts", "needle", "efficiency")
+    stop(monkeypatch, Efficiency)
+    assert main(["evaluate", "all", str(models / "lalte"), "--output", str(models / "out"), *parts]) == 130
+    assert calls == ["Needle"]
+    assert not (models / "out" / "index.html").exists()
+    monkeypatch.undo()
+    quick(monkeypatch)
+    calls = counted(monkeypatch)
+    argv = ["evaluate", "all", str(models / "lalte"), "--output", str(models / "out"), *parts]
+    for expected in (["Efficiency"], ["Efficiency"]):
+        assert main(argv) == 0
+        assert calls == expected
+    (models / "out" / "efficiency.png").unlink()
+    assert main([*argv, "--seed", "1"]) == 0
+    assert calls == ["Efficiency", "Needle", "Efficiency"]
+    small_model("gated_deltanet", "learned_eviction", vocab_size=83, seed=5).save_pretrained(models / "lalte")
+    assert main([*argv, "--seed", "1"]) == 0
+    assert calls[3:] == ["Needle", "Efficiency"]
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are measured in new processes, which takes seconds each."""
+    monkeypatch.setattr("holdfast.bench.efficiency.peak_bytes", lambda *_, **__: 1 << 20)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes which evaluations run."""
+    calls: list[str] = []
+    for kind in (Needle, Efficiency):
+
+        def noted(self: Any, run: Any = kind.run, name: str = kind.__name__) -> Any:
+            calls.append(name)
+            return run(self)
+
+        monkeypatch.setattr(kind, "run", noted)
+    return calls
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    def interrupt(self: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "run", interrupt)
