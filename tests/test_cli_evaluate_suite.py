@@ -83,6 +83,7 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["efficiency", "nowhere"], "There is no model directory nowhere"),
         (["efficiency", "--contexts", "0"], "--contexts is 0"),
         (["efficiency", "--limit", "0"], "--limit is 0"),
+        (["efficiency", "--longest", "-1"], "--longest is -1"),
         (["efficiency", "--pareto", "p.png"], "--pareto and --accuracy go together"),
         (["efficiency", "--pareto", "p.png", "--accuracy", "a.json"], "needs trained models"),
         (["efficiency", "--plot", "p.bmp"], "--plot is p.bmp"),

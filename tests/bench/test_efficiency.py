@@ -130,10 +130,10 @@ def test_an_interrupted_run_goes_on(subjects: list[Subject], tmp_path: Path, mon
 
 
 def test_what_cannot_be_measured_is_named(subjects: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = measured(subjects[:1], dataclasses.replace(PLAN, limit=1e-9))["GDN"]
+    slow = measured(subjects[:1], dataclasses.replace(PLAN, longest=1e-9))["GDN"]
     assert not slow.costs
     assert list(slow.missing) == [(40, 1), (70, 1), (40, 3), (70, 3)]
-    assert "the limit is 1e-09 s" in slow.missing[40, 1]
+    assert "more than the 1e-09 s allowed" in slow.missing[40, 1]
     free = 3 * HybridCache.bytes_for(subjects[3].source, 1, torch.float32, 70)  # type: ignore[arg-type]
     monkeypatch.setattr(efficiency, "available_bytes", lambda device: free)
     tight = measured(subjects[3:], dataclasses.replace(PLAN, contexts=(40, 70, 1000)))["full attention"]

@@ -47,8 +47,9 @@ class EfficiencyPlan:
         steps: generated tokens of every row that are timed, in turns of 20.
         repeats: readings of every context, after one to warm up.
         chunk: tokens of a row that a model reads in one call.
-        limit: seconds after which a model takes no further turn. What is foreseen to take longer in one reading, or to
-            need more memory than there is, is left out.
+        limit: seconds after which a model takes no further turn.
+        longest: seconds of one reading at the most. What is foreseen to take longer, or to need more memory than there
+            is, is left out.
         memory: measure peaks too: each takes a further reading, off CUDA in a new process.
         seed: of the tokens read.
     """
@@ -59,6 +60,7 @@ class EfficiencyPlan:
     repeats: int = 3
     chunk: int = 2048
     limit: float = 60.0
+    longest: float = 60.0
     memory: bool = True
     seed: int = 0
 
@@ -164,8 +166,8 @@ class _Group:
             left = max(0, free - others) / 2**30
             return f"about {needed / 2**30:.1f} GiB of memory are needed, {left:.1f} GiB are left beside the others"
         seconds = self._foreseen(model)
-        if seconds > self.plan.limit:
-            return f"reading would take about {seconds:,.3g} s, the limit is {self.plan.limit:g} s"
+        if seconds > self.plan.longest:
+            return f"one reading would take about {seconds:,.3g} s, more than the {self.plan.longest:g} s allowed"
         return None
 
     def measure(self, ready: Sequence[tuple[Subject, Holdfast]]) -> dict[str, Cost]:

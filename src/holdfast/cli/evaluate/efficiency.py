@@ -60,8 +60,10 @@ class Efficiency:
     chunk: int = 2048
     """Tokens that a model reads in one call."""
     limit: float = 60.0
-    """Seconds after which a model takes no further turn. A context that would take longer to read once, or needs more
-    memory than is free, is not measured."""
+    """Seconds after which a model takes no further turn at a context."""
+    longest: float | None = None
+    """Seconds that reading a context once may take; one that would take longer, or needs more memory than is free, is
+    not measured. Left out: --limit."""
     memory: bool = True
     """Measure peak memory: one more reading each, off CUDA in a new process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,8 +89,9 @@ class Efficiency:
         require_positive(self, "contexts", "batch_sizes", "steps", "repeats", "chunk", "threads")
         if not (self.contexts and self.batch_sizes):
             raise UsageError("Give at least one of --contexts and one of --batch-sizes.")
-        if not self.limit > 0:
-            raise UsageError(f"--limit is {self.limit:g}; give more than 0 seconds.")
+        for option, seconds in (("--limit", self.limit), ("--longest", self.longest)):
+            if seconds is not None and not seconds > 0:
+                raise UsageError(f"{option} is {seconds:g}; give more than 0 seconds.")
         check_picture(self.plot)
         check_picture(self.pareto, "--pareto")
         if (self.pareto is None) != (self.accuracy is None):
@@ -108,7 +111,7 @@ class Efficiency:
             ).resolve()
         quieten_transformers()
         names = ("contexts", "batch_sizes", "steps", "repeats", "chunk", "limit", "memory", "seed")
-        plan = EfficiencyPlan(**{name: getattr(self, name) for name in names})
+        plan = EfficiencyPlan(**{name: getattr(self, name) for name in names}, longest=self.longest or self.limit)
         settings = {**plan.determining(), "dtype": str(dtype).removeprefix("torch.")}
         logs = {subject.name: self._log(subject, settings) for subject in subjects}
         results = measure_efficiency(subjects, plan, device=device, dtype=dtype, logs=logs)
@@ -117,7 +120,8 @@ class Efficiency:
             tables.append(_missing_table(results))
         output_console().print(*tables)
         if self.json is not None:
-            chosen = {**settings, "contexts": self.contexts, "batch_sizes": self.batch_sizes, "limit": self.limit}
+            names = ("contexts", "batch_sizes", "limit", "longest")
+            chosen = {**settings, **{name: getattr(plan, name) for name in names}}
             models = {name: costs.to_dict() for name, costs in results.items()}
             write_results(self.json, "efficiency", chosen, models)
         self._draw(results, accuracies, settings["dtype"])
