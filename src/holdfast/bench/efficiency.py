@@ -118,8 +118,9 @@ def measure_efficiency(
     pace: dict[tuple[str, int], Pace] = {}
     places = [(context, batch) for batch in plan.batch_sizes for context in sorted(set(plan.contexts))]
     with torch.no_grad():
-        for context, batch in track(places, "efficiency", progress=progress):
-            group = _Group(plan, context, batch, device, progress, pace)
+        for number, (context, batch) in enumerate(places, start=1):
+            where = f"{context:,} tokens × {batch} ({number} of {len(places)})"
+            group = _Group(plan, context, batch, where, device, progress, pace)
             ready: list[tuple[Subject, Holdfast]] = []
             for subject in subjects:
                 model, log = models[subject.name], logs[subject.name]
@@ -148,6 +149,8 @@ class _Group:
     plan: EfficiencyPlan
     context: int
     batch: int
+    where: str
+    """What progress bars say."""
     device: torch.device
     progress: bool
     pace: dict[tuple[str, int], Pace]
@@ -175,22 +178,18 @@ class _Group:
         costs = self._speeds([model for _, model in ready]) if ready else {}
         if not self.plan.memory:
             return costs
-        for subject, model in track(ready, f"memory, {self._where}", progress=self.progress):
+        for subject, model in track(ready, f"memory, {self.where}", progress=self.progress):
             costs[model.name] = dataclasses.replace(costs[model.name], peak_bytes=self._peak(subject, model))
         return costs
-
-    @property
-    def _where(self) -> str:
-        return f"{self.context:,} tokens × {self.batch}"
 
     def _speeds(self, models: Sequence[Holdfast]) -> dict[str, Cost]:
         """All but the peaks; the caches are gone when it returns."""
         caches: dict[str, HybridCache] = {}
         readings = [self._reading(model, caches) for model in models]
-        prefill = self._timed(readings, f"prefill, {self._where}", self.plan.repeats)
+        prefill = self._timed(readings, f"prefill, {self.where}", self.plan.repeats)
         at_first = {name: (cache.nbytes, held_pairs(cache)) for name, cache in caches.items()}  # steps make them longer
         steps = [self._step(model, caches[model.name]) for model in models]
-        decode = self._timed(steps, f"decoding after {self._where}", -(-self.plan.steps // STEPS_PER_TURN))
+        decode = self._timed(steps, f"decoding after {self.where}", -(-self.plan.steps // STEPS_PER_TURN))
         return {
             model.name: Cost(
                 self.context,

@@ -120,8 +120,8 @@ class Efficiency:
             tables.append(_missing_table(results))
         output_console().print(*tables)
         if self.json is not None:
-            names = ("contexts", "batch_sizes", "limit", "longest")
-            chosen = {**settings, **{name: getattr(plan, name) for name in names}}
+            also = ("contexts", "batch_sizes", "limit", "longest")
+            chosen = {**settings, **{name: getattr(plan, name) for name in also}}
             models = {name: costs.to_dict() for name, costs in results.items()}
             write_results(self.json, "efficiency", chosen, models)
         self._draw(results, accuracies, settings["dtype"])
