@@ -211,7 +211,7 @@ def test_train_evaluate_and_ask(recipe: str, tmp_path: Path, capsys: pytest.Capt
     argv = ["evaluate", "needle", str(run), "--samples", "20", "--pairs", "2", "--length", "48", "--window", "30"]
     assert main([*argv, "--json", str(numbers), "--plot", str(picture)]) == 0
     assert "beyond the window" in capsys.readouterr().out
-    written = json.loads(numbers.read_text())[str(run)]
+    written = json.loads(numbers.read_text())["tiny"]
     assert written["machine"]["packages"]["torch"]
     result = NeedleResult.from_dict(written)
     expected = NeedleTask(length=48, num_pairs=2, num_keys=8, num_values=8, num_noise=8, window=30)

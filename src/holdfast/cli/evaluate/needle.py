@@ -160,8 +160,9 @@ class Needle:
         tasks = [read_task(directory, **changes) for directory in directories]
         for directory, task in zip(directories, tasks, strict=True):
             refuse_lengths([directory], task.length, self.beyond)
+        names = shown_names(directories)
         results = {
-            str(directory): evaluate_needle(
+            names[directory]: evaluate_needle(
                 read_model(directory, self.dtype),
                 task,
                 samples=512 if self.samples is None else self.samples,
