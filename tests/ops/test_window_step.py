@@ -141,3 +141,22 @@ def test_wrong_arguments_are_named(error: type[Exception], message: str, changes
     settings: dict[str, object] = {"score": torch.ones(1, 1, device=DEVICE)} | changes
     with pytest.raises(error, match=message):
         window_step(*tensors, empty(1, 1, 3, 2, 8), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no C++ compiler, or a GPU")
+def test_rows_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[tuple[int, int]] = []
+    call = one_token._call
+    monkeypatch.setattr(one_token, "_THREADED_SLOTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(one_token, "_call", lambda *given: (parts.append(given[-2:]), call(*given))[1])
+    expected = empty(3, 2, 4, 3, 16)
+    actual = selected(expected)
+    for _ in range(9):
+        q, key, value = (torch.randn(3, heads, 16) for heads in (4, 2, 2))
+        score = torch.randn(3, 2)
+        ours = window_step(q, key, value, actual, score=score, backend="native")
+        theirs = window_step(q, key, value, expected, score=score, backend="reference")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert_same_state(actual, expected)
+    assert sorted(parts[:4]) == [(0, 1), (1, 3), (3, 4), (4, 6)]

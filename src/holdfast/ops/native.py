@@ -14,6 +14,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -65,8 +66,11 @@ def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> N
         run(0, count)
         return
     bounds = [count * n // workers for n in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
+    with ThreadPoolExecutor(workers - 1) as pool:
+        others = [pool.submit(run, *part) for part in pairwise(bounds[1:])]
+        run(*bounds[:2])
+        for part in others:
+            part.result()
 
 
 def _compiled(sources: Sequence[Path], command: list[str]) -> Path:

@@ -22,8 +22,10 @@ __all__ = ["convolve", "delta", "norm", "rotate", "score", "serves", "step"]
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
 _LARGEST = 1 << 16
-# Numbers in keys and values from which on starting threads costs less than it saves.
-_THREADED_SLOTS = 1 << 20
+# Numbers in keys and values from which on threads save more than they cost: 4 ms of work for one. PyTorch's own threads
+# spin while they wait for work, and a new one must wait for the core that they hold: with a third of a millisecond a
+# layer, two threads made a whole step take 1.5 times as long as one.
+_THREADED_SLOTS = 1 << 24
 _PLAIN = (Tensor, nn.Parameter)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
