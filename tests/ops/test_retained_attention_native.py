@@ -10,14 +10,15 @@ from retained_attention_inputs import KINDS, assert_like_reference, tensors, vis
 
 from holdfast.ops import native as building
 from holdfast.ops.native import in_threads, load_library
-from holdfast.ops.retained_attention import native, retained_attention
+from holdfast.ops.retained_attention import blocked, native, retained_attention
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="there is no C++ compiler")
 
 
 @pytest.fixture
 def library_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the library's functions that have been called."""
+    """Names of the library's functions that have been called; short sequences are none of PyTorch's here."""
+    monkeypatch.setattr(blocked, "_FEW_TOKENS", 0)
     calls: list[str] = []
     run = native._Call.run
     monkeypatch.setattr(native._Call, "run", lambda self, name, **kw: (calls.append(name), run(self, name, **kw))[1])
@@ -34,6 +35,22 @@ def test_lengths_and_windows(length: int, window: int | None, kind: str, library
     assert_like_reference(inputs, until, window, "blocked")
     plain = until is None and (window is None or window >= length - 1)
     assert library_calls == ([] if plain else ["holdfast_forward", "holdfast_backward"])
+
+
+@needs_compiler
+def test_short_sequences_without_eviction_are_pytorchs(
+    library_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "_FEW_TOKENS", 40)
+    for length in (1, 17, 40):
+        inputs = tensors(length, dtype=torch.float32)
+        assert_like_reference(inputs, visibility("all", inputs[1], 3), 3, "blocked")
+        until = visibility("nothing", inputs[1], 40)
+        assert_like_reference(inputs, until, 40, "blocked")
+    assert library_calls == []
+    until[0, 0, 0] = 38  # the last query no longer sees the first key
+    assert_like_reference(inputs, until, 40, "blocked")
+    assert library_calls
 
 
 @needs_compiler

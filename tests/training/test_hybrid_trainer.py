@@ -138,7 +138,7 @@ def test_resuming_without_a_checkpoint_starts_over(finished, tmp_path, monkeypat
 def test_run_directories_are_guarded(finished, tmp_path):
     _, recipe = finished
     for resume in (False, True):
-        with pytest.raises(RunDirectoryError, match=r"holds a finished run: .* output\.overwrite"):
+        with pytest.raises(RunDirectoryError, match=r"holds a finished run: .* \(--output\.overwrite\)"):
             train(recipe, resume=resume)
     foreign = tmp_path / "run"
     foreign.mkdir()
