@@ -116,21 +116,21 @@ def test_return_dict(small_model: ModelFactory) -> None:
 
 
 def test_losses_by_their_definitions(small_model: ModelFactory) -> None:
-    """Cross-entropy of the next token; mean over counted positions, layers and heads of λ·ReLU(s)."""
+    """Cross-entropy of the next token; mean over counted positions, layers and heads of λ·ReLU(s) or −λ·ReLU(−s)."""
     model = small_model("learned_eviction", "learned_eviction").train()
-    model.model.l1_lambda.copy_(torch.tensor([[0.3, 0.0], [1.0, 2.0]]))
+    model.model.l1_lambda.copy_(torch.tensor([[0.3, 0.0], [1.0, -2.0]]))
+    with torch.no_grad():  # scores on both sides of the threshold
+        model.model.eviction_layers()[1].router.conv_stack.proj.bias.zero_()
     ids = random_ids()
     labels = ids.clone()
     labels[:, :10] = -100
     out = model(ids, labels=labels)
     expected = F.cross_entropy(out.logits[:, 9:-1].flatten(0, 1), ids[:, 10:].flatten())
     torch.testing.assert_close(out.lm_loss, expected)
-    penalty = torch.stack(
-        [
-            F.relu(s[:, :-6]).mean((0, 1)) * lam
-            for s, lam in zip(out.retention.scores, model.model.l1_lambda, strict=True)
-        ]
-    ).mean()
+    first, second = (s[:, :-6] for s in out.retention.scores)
+    per_head = [0.3 * F.relu(first[..., 0]), 0 * first[..., 1], F.relu(second[..., 0]), 2 * F.relu(-second[..., 1])]
+    penalty = torch.stack(per_head).mean()
+    assert (second[..., 1] < 0).any()
     torch.testing.assert_close(out.retention_loss, penalty)
     torch.testing.assert_close(out.loss, expected + penalty)
     assert out.past_key_values is None

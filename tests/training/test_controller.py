@@ -178,6 +178,39 @@ def test_a_head_that_answers_to_lambda_settles_at_the_budget():
     assert 0.85 * 32 < kept.item() < 1.15 * 32
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_only_a_two_sided_lambda_lifts_a_head_that_keeps_too_few(two_sided):
+    model = Buffers(1, 1)
+    settings = GOLDEN_SETTINGS | {"interval": 8, "two_sided": two_sided}
+    controller = BudgetController(model, config=ControllerConfig(**settings))
+    kept = torch.tensor([[2.0]])
+    for _ in range(3000):
+        # By itself the head keeps 2 pairs; |λ| moves that by up to 100, in either direction.
+        size = model.l1_lambda.abs()
+        target = 2 - 100 * model.l1_lambda.sign() * size / (size + 1e-2)
+        kept = (kept + 0.02 * (target - kept)).clamp(0, POSITIONS)
+        controller.step(kept)
+    if two_sided:
+        assert kept.item() == pytest.approx(32, rel=0.2)
+    else:
+        assert kept.item() < 3
+    assert (model.l1_lambda < 0) == two_sided
+
+
+def test_a_two_sided_lambda_crosses_zero_and_stays_in_range():
+    model = Buffers(1, 1)
+    config = ControllerConfig(32, initial=1e-3, minimum=1e-4, maximum=0.01, interval=1, two_sided=True)
+    controller = BudgetController(model, config=config)
+    seen = []
+    for kept in [0.0] * 40 + [100.0] * 60 + [0.0] * 60:
+        controller.step(torch.tensor([[kept]]))
+        seen.append(model.l1_lambda.item())
+    assert seen[39] == pytest.approx(-0.01)
+    assert seen[99] == pytest.approx(0.01)
+    assert seen[-1] == pytest.approx(-0.01)
+    assert all(1e-4 * 0.999 <= abs(value) <= 0.01 * 1.001 for value in seen)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -104,6 +104,9 @@ def test_runs_of_before_and_of_other_models(tmp_path: Path) -> None:
     assert "plain: what each head" not in text
     assert "layer 0, head 1 38.0 not recorded 1e-09" in text
     assert [axes.get_title(loc="left") for axes in draw_heads(first).axes[:2]] == ["kept", "λ (grey: 0)"]
+    lifted = read_history(make_run(tmp_path / "lifted", [line(4) | {"lambda": [[-1e-3, 1e-2]]}], recipe=False))
+    assert draw_heads(lifted).axes[1].get_title(loc="left").startswith("λ (grey: 0; below 0")
+    page_of([lifted], tmp_path)
     drawn = draw_losses([first, second]).axes[0]
     assert [text.get_text() for text in drawn.get_legend().get_texts()] == [first.name, second.name]
     assert len(draw_speed([first, second]).axes) == 1

@@ -27,6 +27,8 @@ def count_kept(scores: Sequence[Tensor], penalised: Tensor, sequences: int | Ten
 def retention_penalty(scores: Sequence[Tensor], l1_lambda: Tensor, penalised: Tensor) -> Tensor:
     """Mean over positions, layers and KV heads of λ·ReLU(s), a scalar (specification §3.6).
 
+    Where λ is negative it is |λ|·ReLU(−s), which raises scores (`ControllerConfig.two_sided`).
+
     Args:
         scores: one [B, T, Hkv] per layer.
         l1_lambda: [L, Hkv] λ.
@@ -34,7 +36,8 @@ def retention_penalty(scores: Sequence[Tensor], l1_lambda: Tensor, penalised: Te
     """
     count = penalised.sum().clamp(min=1)
     per_layer = [
-        (F.relu(s) * lam).masked_fill(~penalised.unsqueeze(2), 0).sum() / (count * s.shape[2])
+        (F.relu(torch.where(lam < 0, -s, s)) * lam.abs()).masked_fill(~penalised.unsqueeze(2), 0).sum()
+        / (count * s.shape[2])
         for s, lam in zip(scores, l1_lambda, strict=True)
     ]
     return torch.stack(per_layer).mean()

@@ -34,9 +34,9 @@ class ControllerConfig:
     initial: float = 1e-9
     """λ of a head that keeps too many at the first update."""
     minimum: float = 1e-9
-    """Below this λ becomes 0; from 0 it rises to this."""
+    """Below this λ (or −λ, see `two_sided`) becomes 0; from 0 it rises to this."""
     maximum: float = 1.0
-    """λ never exceeds this."""
+    """λ (or −λ) never exceeds this."""
     increase: float = 1.5
     """Factor (α) on λ of a head that keeps too many."""
     decrease: float = 2.0
@@ -47,6 +47,10 @@ class ControllerConfig:
     """Steps before the rule starts: until then counts are averaged and λ stays; the first update is one interval on."""
     tolerance: tuple[float, float] = (0.95, 1.0)
     """(lo, hi): a head keeping between lo·b and hi·b pairs is left alone."""
+    two_sided: bool = False
+    """Let λ fall below 0 for a head that keeps too few: then |λ|·ReLU(−s) raises the scores of the pairs it drops.
+
+    The published penalty only lowers scores: a head that has fallen below b waits for the model's loss to lift it."""
     sharing: Literal["head", "layer", "all"] = "head"
     """Whether each head has its own λ, or the heads of a layer, or all heads, share one (by their mean count)."""
 
@@ -167,12 +171,20 @@ class BudgetController:
         previous = _shared(penalty, config.sharing, torch.amax)
         too_large = kept > config.tolerance[0] * self.budget
         too_small = kept < config.tolerance[1] * self.budget
-        changed = torch.where(too_large & ~too_small, previous * config.increase, previous)
-        changed = torch.where(too_small & ~too_large, previous / config.decrease, changed)
+        # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
+        lifts = previous < 0
+        size = previous.abs()
+        grows = torch.where(lifts, too_small, too_large)
+        shrinks = torch.where(lifts, too_large, too_small)
+        changed = torch.where(grows & ~shrinks, size * config.increase, size)
+        changed = torch.where(shrinks & ~grows, size / config.decrease, changed)
         changed = changed.clamp(max=config.maximum)
-        changed = torch.where(changed < config.minimum, 0.0, changed)
+        changed = torch.where(changed < config.minimum, 0.0, changed) * torch.where(lifts, -1.0, 1.0)
         start = config.initial if is_first else config.minimum
-        changed = torch.where((changed == 0) & too_large, start, changed)
+        idle = changed == 0
+        changed = torch.where(idle & too_large, start, changed)
+        if config.two_sided:
+            changed = torch.where(idle & ~too_large, -start, changed)
         penalty.copy_(changed.expand_as(penalty))
 
     def _buffer(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from holdfast.data.progress import track
@@ -135,10 +135,15 @@ def _heat_maps(run: RunHistory) -> list[_HeatMap]:
         if len(stored_steps):
             label = f"stored ÷ budget ({run.budget})"
             maps.append(_HeatMap(label, stored_steps, stored / run.budget, Normalize(0, 1), "viridis"))
-    if (penalty > 0).any():
-        lowest = penalty[penalty > 0].min()
-        bounds = LogNorm(lowest, max(penalty.max(), 10 * lowest))
-        maps.append(_HeatMap("λ (grey: 0)", lambda_steps, np.where(penalty > 0, penalty, np.nan), bounds, "magma"))
+    if (penalty != 0).any():
+        shown = np.where(penalty != 0, penalty, np.nan)
+        lowest, highest = np.nanmin(np.abs(shown)), np.nanmax(np.abs(shown))
+        bounds: Normalize = LogNorm(lowest, max(highest, 10 * lowest))
+        label, colours = "λ (grey: 0)", "magma"
+        if (penalty < 0).any():
+            bounds = SymLogNorm(lowest, vmin=-highest, vmax=highest)
+            label, colours = "λ (grey: 0; below 0 it raises scores)", "RdBu_r"
+        maps.append(_HeatMap(label, lambda_steps, shown, bounds, colours))
     return maps
 
 
