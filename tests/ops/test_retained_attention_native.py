@@ -9,7 +9,7 @@ import torch
 from retained_attention_inputs import KINDS, assert_like_reference, tensors, visibility
 
 from holdfast.ops import native as building
-from holdfast.ops.native import in_threads, load_library
+from holdfast.ops.native import load_library
 from holdfast.ops.retained_attention import blocked, native, retained_attention
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="there is no C++ compiler")
@@ -144,10 +144,3 @@ def test_a_failing_compiler_is_mentioned_once(fresh_loader: Path, monkeypatch: p
     monkeypatch.setattr(building.subprocess, "run", None)
     load_library.cache_clear()
     assert load_library(source) is None
-
-
-@pytest.mark.parametrize(("count", "workers"), [(0, 2), (1, 4), (5, 2), (7, 7), (3, 9)])
-def test_threads_cover_everything_once(count: int, workers: int) -> None:
-    seen: list[int] = []
-    in_threads(lambda first, end: seen.extend(range(first, end)), count, workers)
-    assert sorted(seen) == list(range(count))

@@ -1,7 +1,7 @@
 """C++ that is compiled where it first runs, and kept for the next process.
 
 A source is plain C++ without PyTorch's headers (two seconds to compile) and is called through `ctypes`, which lets
-other Python threads run meanwhile: `in_threads` is all that it takes to use the other cores. Where there is no
+other threads run meanwhile: `in_threads` is all that it takes to use the other cores. Where there is no
 compiler, or `HOLDFAST_NATIVE=0` is set, nothing is compiled and the caller takes its way in PyTorch.
 """
 
@@ -12,16 +12,14 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from holdfast.files import replacing
 
-__all__ = ["VECTORS", "in_threads", "load_library"]
+__all__ = ["VECTORS", "load_library"]
 
 VECTORS = Path(__file__).with_name("vectors.h")
 """Vectors of floats and products of small matrices, for C++ sources."""
@@ -54,23 +52,6 @@ def load_library(source: Path, *headers: Path) -> ctypes.CDLL | None:
     except OSError as error:
         _warn(f"the C++ compiler failed ({error})")
         return None
-
-
-def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> None:
-    """Call run(first, end) with ranges that cover `count`, in as many threads; it must not hold Python's lock.
-
-    Threads of our own: those of numba's layers abort the process when two threads enter them at once, or after a fork.
-    """
-    workers = min(count, workers)
-    if workers <= 1:
-        run(0, count)
-        return
-    bounds = [count * n // workers for n in range(workers + 1)]
-    with ThreadPoolExecutor(workers - 1) as pool:
-        others = [pool.submit(run, *part) for part in pairwise(bounds[1:])]
-        run(*bounds[:2])
-        for part in others:
-            part.result()
 
 
 def _compiled(sources: Sequence[Path], command: list[str]) -> Path:

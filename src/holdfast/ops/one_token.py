@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from holdfast.ops.native import VECTORS, in_threads, load_library
+from holdfast.ops.native import VECTORS, load_library
+from holdfast.ops.threads import in_threads
 
 __all__ = ["convolve", "delta", "norm", "rotate", "score", "serves", "step"]
 

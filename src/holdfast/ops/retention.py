@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.ops.native import in_threads
+from holdfast.ops.threads import in_threads
 
 FOREVER = 1 << 62
 """`visible_until` of a key that no later query loses."""

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.ops.native import VECTORS, in_threads, load_library
+from holdfast.ops.native import VECTORS, load_library
+from holdfast.ops.threads import in_threads
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 # Query rows of a group must fit in a tile.
