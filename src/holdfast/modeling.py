@@ -31,6 +31,7 @@ from holdfast.mixers.layout import (
     restore_order,
 )
 from holdfast.mixers.penalty import Float32Buffers, count_kept, retention_penalty
+from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import rms_norm
 from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
 
@@ -106,7 +107,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return apply_linear(self.down_proj, F.silu(apply_linear(self.gate_proj, x)) * apply_linear(self.up_proj, x))
 
 
 class HybridBlock(GradientCheckpointingLayer):
@@ -339,7 +340,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, **returned
         )
         columns = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns])
+        logits = apply_linear(self.lm_head, outputs.last_hidden_state[:, columns])
         loss = lm_loss = retention_loss = None
         if labels is not None:
             lm_loss = _next_token_loss(logits, labels, attention_mask, cu_seqlens)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.mixers.scorers import ConvScorer
 from holdfast.ops import one_token
 from holdfast.ops.gated_delta_rule import gated_delta_step
+from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
 from holdfast.ops.rotary import apply_rotary
 from holdfast.ops.short_convolution import short_convolution
@@ -91,6 +93,51 @@ def test_scorer(
             numbers(3, length, 3, 40), calls="score", monkeypatch=monkeypatch,
         )  # fmt: skip
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("size", "rows", "bias"), [(64, 96, True), (37, 5, False), (3, 1, True), (512, 1408, False)])
+def test_linear(size: int, rows: int, bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_token, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = nn.Linear(size, rows, bias).requires_grad_(False)
+    layer.weight.copy_(numbers(rows, size) / size**0.5)
+    double = copy.deepcopy(layer).double()
+    assert_same(
+        lambda x: apply_linear(layer if x.dtype == torch.float32 else double, x),
+        numbers(1, 1, size),
+        calls="linear",
+        monkeypatch=monkeypatch,
+    )
+
+
+def test_linear_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_token, "openmp", lambda: None)
+    weight, x = numbers(600, 200), numbers(1, 200)
+    torch.testing.assert_close(one_token.linear(x, weight, None), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+class Scaled(nn.Linear):
+    """Stands for what libraries put in the place of a linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_other_layers_and_tokens_are_called_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_token, "linear", None)  # calling it would fail
+    x = numbers(1, 1, 8)
+    with torch.no_grad():
+        for layer in (Scaled(8, 4), nn.Sequential(nn.Linear(8, 4))):
+            assert torch.equal(apply_linear(layer, x), layer(x))
+        layer = nn.Linear(8, 4)
+        assert apply_linear(layer, x.expand(2, 1, 8)).shape == (2, 1, 4)
+        assert apply_linear(layer, x[:0]).shape == (0, 1, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert apply_linear(layer, x).dtype == torch.bfloat16
+        layer.register_forward_hook(lambda *_: torch.zeros(1))
+        assert torch.equal(apply_linear(layer, x), torch.zeros(1))
+    assert apply_linear(nn.Linear(8, 4), x).requires_grad
 
 
 def test_who_is_served() -> None:

@@ -14,6 +14,7 @@ from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_we
 from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.ops.gated_delta_rule import gated_delta_rule
+from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import gated_rms_norm, l2_norm
 from holdfast.ops.short_convolution import short_convolution
 
@@ -114,8 +115,8 @@ class GatedDeltaNet(TokenMixer):
         if past is not None:
             assert recurrent is not None
             past.recurrent.copy_(recurrent)
-        gate = self.g_proj(hidden).view_as(out)
-        return MixerOutput(self.o_proj(self.o_norm(out, gate, self.norm_eps).flatten(2)))
+        gate = apply_linear(self.g_proj, hidden).view_as(out)
+        return MixerOutput(apply_linear(self.o_proj, self.o_norm(out, gate, self.norm_eps).flatten(2)))
 
     def recurrence(
         self, hidden: Tensor, layout: TokenLayout, past: GatedDeltaNetState | None = None
@@ -124,13 +125,16 @@ class GatedDeltaNet(TokenMixer):
 
         `hidden` must be zero at pads. With `past` the convolutions read on from it and are written back.
         """
-        q = self._convolve("q", self.q_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
-        k = self._convolve("k", self.k_proj(hidden), layout, past).unflatten(2, (-1, self.options.head_dim))
-        v = self._convolve("v", self.v_proj(hidden), layout, past).unflatten(2, (-1, self.options.value_dim))
-        beta = torch.sigmoid(self.b_proj(hidden).float())
+        q, k, v = (
+            self._convolve(name, apply_linear(layer, hidden), layout, past)
+            for name, layer in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
+        )
+        q, k = (x.unflatten(2, (-1, self.options.head_dim)) for x in (q, k))
+        v = v.unflatten(2, (-1, self.options.value_dim))
+        beta = torch.sigmoid(apply_linear(self.b_proj, hidden).float())
         if self.options.allow_neg_eigval:
             beta = beta * 2
-        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden).float() + self.dt_bias.float())
+        decay = -self.A_log.float().exp() * F.softplus(apply_linear(self.a_proj, hidden).float() + self.dt_bias.float())
         if layout.real is not None:  # a pad neither writes nor decays
             beta = beta.masked_fill(~layout.real.unsqueeze(2), 0)
             decay = decay.masked_fill(~layout.real.unsqueeze(2), 0)

@@ -15,6 +15,7 @@ from holdfast.mixers.base import MixerOutput, linear, require
 from holdfast.mixers.layout import TokenLayout
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention
 from holdfast.mixers.state import MixerState, TensorSpec
+from holdfast.ops.linear import apply_linear
 from holdfast.ops.native_sparse_attention import native_sparse_attention
 
 
@@ -74,7 +75,7 @@ class NativeSparseAttention(SoftmaxAttention):
             q,
             k,
             v,
-            self.g_proj(hidden).sigmoid().unflatten(2, (-1, 3)),
+            apply_linear(self.g_proj, hidden).sigmoid().unflatten(2, (-1, 3)),
             block_size=self.options.block_size,
             num_blocks=self.options.num_blocks,
             window=self.options.window,

@@ -12,6 +12,7 @@ from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_we
 from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.mixers.window_state import PastRows, WindowState
+from holdfast.ops.linear import apply_linear
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER
 from holdfast.ops.rotary import apply_rotary
@@ -86,7 +87,11 @@ class SoftmaxAttention(TokenMixer):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D]; k, v [B, T, Hkv, D], before the rotary embedding."""
         shape = (*hidden.shape[:2], -1, self.head_dim)
-        return self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), self.v_proj(hidden).view(shape)
+        return (
+            apply_linear(self.q_proj, hidden).view(shape),
+            apply_linear(self.k_proj, hidden).view(shape),
+            apply_linear(self.v_proj, hidden).view(shape),
+        )
 
     def rotate(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Rotary embedding of x [B, T, heads, D] at the positions of `layout`."""
@@ -94,7 +99,7 @@ class SoftmaxAttention(TokenMixer):
 
     def output(self, out: Tensor) -> Tensor:
         """Heads [B, T, H, D] → hidden [B, T, hidden_size]."""
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
+        return apply_linear(self.o_proj, out.reshape(*out.shape[:2], -1))
 
     def _attention_flops(self, pairs: int) -> int:
         maps = sum(count_weights(layer) for layer in self.children() if isinstance(layer, nn.Linear))

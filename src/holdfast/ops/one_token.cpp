@@ -90,9 +90,43 @@ struct Row {
   }
 };
 
+// A team of PyTorch's threads, by the functions that GNU's OpenMP has for it.
+struct Team {
+  void (*run)(void (*)(void*), void*, unsigned, unsigned);
+  int (*thread)();
+  int (*size)();
+};
+
+// part(first, end) for ranges that cover `count`, in `workers` threads; `team` may be null for one.
+template <class Part>
+void divide(const Team* team, int64_t workers, int64_t count, const Part& part) {
+  if (workers <= 1) return part(0, count);
+  struct Work {
+    const Team* team;
+    int64_t count;
+    const Part& part;
+  } work{team, count, part};
+  const auto run = [](void* data) {
+    const Work& work = *static_cast<Work*>(data);
+    const int64_t thread = work.team->thread(), size = work.team->size();  // which may be fewer than asked for
+    work.part(work.count * thread / size, work.count * (thread + 1) / size);
+  };
+  team->run(run, &work, static_cast<unsigned>(workers), 0);
+}
+
 }  // namespace
 
 extern "C" {
+
+// out [rows] = weight [rows, size] x [size] + bias [rows], if given; in as many threads as `workers` says.
+void holdfast_linear(const float* x, const float* weight, const float* bias, float* out, int64_t rows, int64_t size,
+                     const Team* team, int64_t workers) {
+  divide(team, workers, rows, [=](int64_t first, int64_t end) {
+    dots(end - first, x, weight + first * size, size, out + first);
+    if (bias)
+      for (int64_t i = first; i < end; ++i) out[i] += bias[i];
+  });
+}
 
 // x [rows, width] * (sum of squares / divisor + eps)^-1/2, times weight [width] and SiLU(gate [rows, width]), if given.
 void holdfast_norm(const float* x, const float* weight, const float* gate, float* out, int64_t rows, int64_t width,
@@ -209,28 +243,30 @@ void holdfast_score(const float* features, const bool* valid, const float* const
   }
 }
 
-// Rows first ... end - 1 of batch * heads; see window_step. `seen` is not advanced.
+// `rows` are batch * heads; see window_step. `seen` is not advanced.
 void holdfast_step(const float* q, const float* key, const float* value, const float* score, const bool* real,
                    float* keys, float* values, const int64_t* seen, float* scores, int32_t* positions, float* out,
                    int64_t heads, int64_t groups, int64_t budget, int64_t ring, int64_t dim, int64_t sinks,
-                   int64_t delay, float scale, int64_t first, int64_t end) {
-  std::vector<float> weights(budget + ring);
-  for (int64_t n = first; n < end; ++n) {
-    const int64_t slots = n * (budget + ring), count = seen[n / heads];
-    const bool fresh = !real || real[n / heads];
-    Row row{keys + slots * dim, values + slots * dim, scores ? scores + slots : nullptr,
-            positions ? positions + n * budget : nullptr, budget, ring, dim};
-    const int64_t slot = budget + count % ring;
-    const bool final = fresh && budget && count >= delay;
-    if (final && delay) row.scores[budget + (count - delay) % ring] = score[n];
-    if (fresh && budget && count >= ring) row.retire(slot, count - ring, sinks);
-    if (final && !delay) row.scores[slot] = score[n];
-    if (fresh) {
-      std::copy_n(key + n * dim, dim, row.keys + slot * dim);
-      std::copy_n(value + n * dim, dim, row.values + slot * dim);
+                   int64_t delay, float scale, int64_t rows, const Team* team, int64_t workers) {
+  divide(team, workers, rows, [=](int64_t first, int64_t end) {
+    std::vector<float> weights(budget + ring);
+    for (int64_t n = first; n < end; ++n) {
+      const int64_t slots = n * (budget + ring), count = seen[n / heads];
+      const bool fresh = !real || real[n / heads];
+      Row row{keys + slots * dim, values + slots * dim, scores ? scores + slots : nullptr,
+              positions ? positions + n * budget : nullptr, budget, ring, dim};
+      const int64_t slot = budget + count % ring;
+      const bool final = fresh && budget && count >= delay;
+      if (final && delay) row.scores[budget + (count - delay) % ring] = score[n];
+      if (fresh && budget && count >= ring) row.retire(slot, count - ring, sinks);
+      if (final && !delay) row.scores[slot] = score[n];
+      if (fresh) {
+        std::copy_n(key + n * dim, dim, row.keys + slot * dim);
+        std::copy_n(value + n * dim, dim, row.values + slot * dim);
+      }
+      for (int64_t g = n * groups; g < (n + 1) * groups; ++g)
+        row.attend(q + g * dim, scale * kLog2E, count + fresh, weights.data(), out + g * dim);
     }
-    for (int64_t g = n * groups; g < (n + 1) * groups; ++g)
-      row.attend(q + g * dim, scale * kLog2E, count + fresh, weights.data(), out + g * dim);
-  }
+  });
 }
 }

@@ -1,4 +1,4 @@
-"""What a decoded token costs outside of the matrix products, in C++ (one_token.cpp).
+"""What a decoded token costs, in C++ (one_token.cpp).
 
 A model of 12 layers makes some 2,500 calls into PyTorch for one token, most of them on a few hundred numbers. Ops ask
 `serves` and take these functions instead, which give the same numbers up to rounding. They know float32 on a CPU, no
@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.ops.native import VECTORS, load_library
-from holdfast.ops.threads import in_threads
+from holdfast.ops.threads import openmp
 
-__all__ = ["convolve", "delta", "norm", "rotate", "score", "serves", "step"]
+__all__ = ["convolve", "delta", "linear", "norm", "rotate", "score", "serves", "step"]
 
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
 _LARGEST = 1 << 16
-# Numbers in keys and values from which on threads save more than they cost: 4 ms of work for one. PyTorch's own threads
-# spin while they wait for work, and a new one must wait for the core that they hold: with a third of a millisecond a
-# layer, two threads made a whole step take 1.5 times as long as one.
-_THREADED_SLOTS = 1 << 24
+# Numbers to be read from which on a second thread saves more than the microseconds that it takes to wake it.
+_THREADED = 1 << 16
 _PLAIN = (Tensor, nn.Parameter)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -34,9 +32,10 @@ _SIGNATURES = {
     "holdfast_norm": [_P] * 4 + [_I] * 2 + [_F] * 2,
     "holdfast_convolve": [_P] * 5 + [_I] * 4,
     "holdfast_delta": [_P] * 8 + [_I] * 5 + [_F],
+    "holdfast_linear": [_P] * 4 + [_I] * 2 + [_P, _I],
     "holdfast_rotate": [_P] * 4 + [_I] * 3,
     "holdfast_score": [_P] * 7 + [_I] * 8 + [_F, _P],
-    "holdfast_step": [_P] * 11 + [_I] * 7 + [_F] + [_I] * 2,
+    "holdfast_step": [_P] * 11 + [_I] * 7 + [_F, _I, _P, _I],
 }
 
 
@@ -82,6 +81,14 @@ def delta(
     sizes = (v.shape[0], k.shape[2], v.shape[2], k.shape[3], v.shape[3])
     _call("holdfast_delta", q, k, v, g, beta, state, out, new_state, *sizes, scale)
     return out, new_state
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of a single row x [..., in] with weight [out, in]."""
+    rows, size = weight.shape
+    out = x.new_empty(*x.shape[:-1], rows)
+    _call("holdfast_linear", x, weight, bias, out, rows, size, *_team(weight.numel(), rows))
+    return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -135,11 +142,10 @@ def step(
     out = torch.empty_like(q)
     groups = q.shape[1] // kv_heads
 
-    def run(first: int, end: int) -> None:
-        sizes = (kv_heads, groups, budget, slots - budget, dim, sinks, delay)
-        _call("holdfast_step", q, key, value, score, real, *state, out, *sizes, scale, first, end)
-
-    in_threads(run, batch * kv_heads, torch.get_num_threads() if 2 * keys.numel() >= _THREADED_SLOTS else 1)
+    rows = batch * kv_heads
+    sizes = (kv_heads, groups, budget, slots - budget, dim, sinks, delay)
+    team = _team(2 * keys.numel(), rows)
+    _call("holdfast_step", q, key, value, score, real, *state, out, *sizes, scale, rows, *team)
     seen.add_(1 if real is None else real)
     return out
 
@@ -152,6 +158,12 @@ def _library() -> ctypes.CDLL | None:
             getattr(library, name).argtypes = types
             getattr(library, name).restype = None
     return library
+
+
+def _team(numbers: int, parts: int) -> tuple[int | None, int]:
+    """The threads, and how many of them are to share work on as many numbers, which has so many parts."""
+    team = openmp() if numbers >= _THREADED else None
+    return (None, 1) if team is None else (team.address, min(parts, torch.get_num_threads()))
 
 
 def _call(name: str, *arguments: object) -> None:

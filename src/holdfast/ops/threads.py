@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -51,10 +50,16 @@ def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> N
         raise errors[0]
 
 
-def openmp() -> Any | None:
+def openmp() -> "_Team | None":
     """The OpenMP that PyTorch has loaded, with GOMP_parallel, omp_get_thread_num and omp_get_num_threads; None if there
     is none by these names, or in a process forked from another: GNU's waits there for threads that it no longer has."""
     return None if _forked else _loaded()
+
+
+class _Functions(ctypes.Structure):
+    """Addresses of the three functions, for C++ that calls them itself (struct Team in one_token.cpp)."""
+
+    _fields_ = (("run", ctypes.c_void_p), ("thread", ctypes.c_void_p), ("size", ctypes.c_void_p))
 
 
 class _Team:
@@ -66,6 +71,9 @@ class _Team:
         self.GOMP_parallel = releasing.GOMP_parallel
         self.GOMP_parallel.argtypes = [_WORK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.GOMP_parallel.restype = None
+        functions = (self.GOMP_parallel, self.omp_get_thread_num, self.omp_get_num_threads)
+        self._functions = _Functions(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        self.address = ctypes.addressof(self._functions)
 
 
 @functools.cache
