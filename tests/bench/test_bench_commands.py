@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from holdfast.bench.plots import plot_report
-from holdfast.bench.results import FORMAT, Report, read_report
+from holdfast.bench.results import FORMAT, Case, Report, read_report
 from holdfast.cli import main
 from holdfast.cli.bench import format_seconds
 
@@ -120,6 +120,9 @@ def test_plots_come_from_the_files_alone(tmp_path: Path, capsys: pytest.CaptureF
     picture = tmp_path / "images" / "numbers.svg"
     assert capsys.readouterr().out.strip() == str(picture)
     assert "<svg" in picture.read_text()
+    sparse = Case("native sparse attention", {"tokens": 64, "pass": "forward + backward"}, report.cases[0].results)
+    plot_report(Report("ops", report.settings, report.machine, report.ceilings, (sparse,)), tmp_path / "sparse.svg")
+    assert "native sparse attention, forward" in (tmp_path / "sparse.svg").read_text()
     empty = Report("ops", report.settings, report.machine, report.ceilings, ())
     with pytest.raises(ValueError, match="only attention can be drawn"):
         plot_report(empty, tmp_path / "empty.png")

@@ -42,12 +42,14 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 def _draw_ops(report: Report, figure: Figure) -> None:
-    cases = [case for case in report.cases if case.kind == "attention" and "backward" in case.parameters["pass"]]
+    both = [case for case in report.cases if "backward" in case.parameters.get("pass", "")]
+    kinds = {kind: [case for case in both if case.kind == kind] for kind in ("attention", "native sparse attention")}
+    kind, cases = next(((kind, cases) for kind, cases in kinds.items() if cases), ("", []))
     if not cases:
         raise ValueError("only attention can be drawn, and there is none in these results; measure it too.")
     measured = [case for case in cases if case.results[0].peak_bytes is not None]
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _lines(panels[0], cases, "tokens", _seconds, "attention, forward and backward", "s")
+    _lines(panels[0], cases, "tokens", _seconds, f"{kind}, forward and backward", "s")
     if measured:
         _lines(panels[1], measured, "tokens", lambda result: result.peak_bytes, "peak memory", "B")
     panels[0].legend(fontsize="small")
