@@ -15,7 +15,16 @@ import pyarrow as pa
 
 from holdfast.data.readers import ENDINGS, BadRow, no_column, reader_of
 
-__all__ = ["HubText", "LocalText", "TextSource", "count_bad_rows", "describe_skipped", "load_text", "usable"]
+__all__ = [
+    "HubText",
+    "LocalText",
+    "TextSource",
+    "count_bad_rows",
+    "describe_skipped",
+    "load_text",
+    "refuse_missing",
+    "usable",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +98,22 @@ def load_text(
             raise ValueError(
                 f"{name} is local, but config is {config!r}; that is for data sets of the hub: leave it out."
             )
-        source: TextSource = LocalText(name, _local_files(path, split), text_column)
-    elif _looks_local(name):
+        return LocalText(name, _local_files(path, split), text_column)
+    refuse_missing(name)
+    return HubText(name, split, text_column, config)
+
+
+def refuse_missing(name: str) -> None:
+    """Refuse a name that can only be that of a path at which nothing lies.
+
+    Raises:
+        FileNotFoundError: saying what to give.
+    """
+    if not Path(name).expanduser().exists() and _looks_local(name):
         raise FileNotFoundError(
             f"{name} does not exist; give a file, a directory of text files or the name of a hub data set "
             "(for a recipe: --data.source DIR)."
         )
-    else:
-        source = HubText(name, split, text_column, config)
-    return source
 
 
 def _looks_local(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -39,6 +40,19 @@ interruption.
 `lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
 """
 
+
+@dataclass(frozen=True)
+class LmEval:
+    """The tasks of lm-evaluation-harness (`pip install 'holdfast[eval]'`), with all options of its `run`."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]]
+    """A directory of a trained model, then options."""
+
+    def run(self) -> None:
+        """Run the harness."""
+        _lm_eval(self.arguments)
+
+
 EVALUATIONS = (
     Annotated[Needle, tyro.conf.subcommand("needle")]
     | Annotated[Recall, tyro.conf.subcommand("recall")]
@@ -46,6 +60,7 @@ EVALUATIONS = (
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Scorers, tyro.conf.subcommand("scorers")]
     | Annotated[Efficiency, tyro.conf.subcommand("efficiency")]
+    | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
     | Annotated[All, tyro.conf.subcommand("all")]
 )
 
