@@ -166,6 +166,8 @@ def test_a_close_option_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "train", "needle-gdn", "--training.max-step", "3")
     assert "2 holdfast: Unrecognized options: --training.max-step, 3; did you mean --training.max-steps?" in error
     assert "`holdfast train needle-gdn --help`" in error
+    error = refused(capsys, "train", "needle-gdn", "--training.save-steps", "3")
+    assert "did you mean --training.save-every?" in error
     assert "invalid literal for int" in refused(capsys, "train", "needle-gdn", "--training.max-steps", "x")
     assert "'z'" in refused(capsys, "info", "needle-gdn", "--dtype", "z")
     # --samples is an option of another evaluation.

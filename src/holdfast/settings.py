@@ -56,10 +56,26 @@ def to_toml(settings: Any) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
+OTHER_NAMES = {
+    "dataloader_num_workers": "workers",
+    "eval_steps": "eval_every",
+    "gradient_accumulation_steps": "accumulation",
+    "logging_steps": "log_every",
+    "max_grad_norm": "clip",
+    "per_device_train_batch_size": "batch_size",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "torch_compile": "compile",
+}
+"""What TrainingArguments of transformers calls what has another name here."""
+
+
 def suggest(key: str, known: Any) -> str:
     """` (did you mean 'x'?)`, or a list of all, to end an error about an unknown name."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1)
+    if OTHER_NAMES.get(key) in known:
+        close = [OTHER_NAMES[key]]
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
 
 

@@ -100,6 +100,7 @@ def test_base_in_a_circle_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("max_steps = 10", "save_steps = 10"), r"unknown key 'training.save_steps' \(did you mean 'save_every'\?\)"),
         (("max_steps = 10", "max_step = 10"), r"unknown key 'training.max_step' \(did you mean 'max_steps'\?\)"),
         (("max_steps = 10", ""), "key 'training.max_steps' is missing"),
         (("max_steps = 10", "max_steps = 0"), r"\[training\] max_steps must be at least 1, got 0"),

@@ -13,6 +13,7 @@ from typing import Any, Union, get_origin
 import tyro
 
 from holdfast.cli.errors import UsageError
+from holdfast.settings import OTHER_NAMES
 
 FRAME = " │|╭╮╰╯"
 RULE = "─-"
@@ -55,8 +56,15 @@ def _in_one_line(box: str, arguments: Sequence[str]) -> str:
     message = itertools.dropwhile(lambda line: not line.strip(RULE), lines)
     text = " ".join(itertools.takewhile(lambda line: line.strip(RULE), message))
     text = re.sub(r"^Error parsing [A-Z]\w+: ", "", text)  # the name of a class says nothing to a user
-    if "Perhaps you meant:" in lines:
+    close = _name_here(text)
+    if close is None and "Perhaps you meant:" in lines:
         named = [line.split()[0].rstrip(",") for line in lines[lines.index("Perhaps you meant:") :] if line.strip()]
         close = next((name for name in named if name.startswith("--") and name not in arguments), None)
-        text += f"; did you mean {close}?" if close else ""
-    return text
+    return f"{text}; did you mean {close}?" if close else text
+
+
+def _name_here(text: str) -> str | None:
+    """The option for one that has another name in transformers."""
+    unknown = re.match(r"Unrecognized options: --([\w.-]+\.)?([\w-]+)", text)
+    ours = unknown and OTHER_NAMES.get(unknown[2].replace("-", "_"))
+    return f"--{unknown[1] or ''}{ours.replace('_', '-')}" if unknown and ours else None
