@@ -35,7 +35,7 @@ END = 300  # steps whose counts are averaged
 
 
 def course(run: RunHistory) -> dict[str, Any]:
-    """Validation losses by step, speed, and what heads kept in the last steps."""
+    """Validation losses by step, speed, and what heads kept in the last steps; a record is a mean over ten steps."""
     steps, losses = run.series("eval_loss")
     _, speeds = run.series("tokens_per_second")
     found: dict[str, Any] = {
@@ -101,6 +101,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="directories of trained models")
     parser.add_argument("--data", required=True, help="the books: a directory with a validation split")
     parser.add_argument("--squad", help="SQuAD's published JSON; left out: not measured")
+    parser.add_argument("--what", default="laptop recipes on books", help="how they were trained, for the record")
     parser.add_argument("--samples", type=int, default=500, help="questions of SQuAD")
     chosen = parser.parse_args(given)
     quieten_transformers()
@@ -108,8 +109,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for run in chosen.runs:
         print(run, flush=True)
         models[run.name] = measure(run, chosen.data, chosen.squad, chosen.samples)
-    what = "laptop recipes on books, one seed, two trained at a time, each on one core of two"
-    write_json(RESULTS, {"what": what, "environment": describe_machine(), "models": models})
+        write_json(RESULTS, {"what": chosen.what, "environment": describe_machine(), "models": models})
     draw(json.loads(RESULTS.read_text(encoding="utf-8")), PICTURE)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from holdfast import HybridForCausalLM, HybridModel
@@ -41,8 +42,11 @@ def test_loading_where_holdfast_is_not_imported(small_model: Callable[..., Hybri
 
 def test_the_published_format_has_none_of_it(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    small_model("gated_deltanet", "learned_eviction").save_pretrained(source)
+    model = small_model("gated_deltanet", "learned_eviction")
+    model.model.l1_lambda.copy_(torch.tensor([[-0.5, 0.25]]))  # the published rule knows no λ below 0
+    model.save_pretrained(source)
     convert(source, target, format="published")
+    assert load_file(target / "model.safetensors")["model.l1_lambda"].tolist() == [[0.0, 0.25]]
     assert not (target / AUTO_FILE).exists()
     assert "auto_map" not in json.loads((target / "config.json").read_text())
 

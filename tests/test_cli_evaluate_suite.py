@@ -91,9 +91,9 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["all"], "Give at least one model directory"),
         (["all", "nowhere"], "There is no model directory nowhere"),
         (["all", "nowhere", "--samples", "0"], "--samples is 0"),
-        (["all", ".", "--data", "book.parquet"], "book.parquet does not exist"),
-        (["all", ".", "--squad", "./dev.json"], "./dev.json does not exist"),
-        (["all", ".", "--haystack", "essays/"], "essays/ does not exist"),
+        (["all", ".", "--data", "book.parquet"], "--data is book.parquet, which does not exist"),
+        (["all", ".", "--squad", "./dev.json"], "--squad is ./dev.json, which"),
+        (["all", ".", "--haystack", "essays/"], "--haystack is essays/, which"),
         (["all", "nowhere", "--parts", "nonsense"], "nonsense"),
     ],
 )

@@ -45,7 +45,8 @@ def convert(
     Args:
         source: directory or hub id.
         target: directory to make.
-        format: "holdfast" or "published". Weights are the same; config.json differs.
+        format: "holdfast" or "published". Weights are the same; config.json differs. A λ below 0 (see
+            `ControllerConfig.two_sided`), which the published rule does not know, becomes 0 in its format.
         overwrite: replace `target` if it exists.
         allow_pickle: also read pickled weights, which can run code of whoever made them.
         dtype: of the weights; None keeps theirs.
@@ -69,6 +70,8 @@ def convert(
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None
+    if published is not None and "l1_lambda" in model.model._buffers:
+        model.model.l1_lambda.clamp_(min=0)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch) / "new"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.mixers.scorers import ConvScorer
 from holdfast.ops import one_token
@@ -22,6 +26,9 @@ pytestmark = [
     pytest.mark.skipif(not one_token.serves(torch.ones(1)), reason="there is no C++ compiler"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -140,6 +147,60 @@ def test_other_layers_and_tokens_are_called_as_they_are(monkeypatch: pytest.Monk
     assert apply_linear(nn.Linear(8, 4), x).requires_grad
 
 
+def test_shapes_that_do_not_fit_are_refused_as_ever() -> None:
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            apply_linear(nn.Linear(8, 4), torch.ones(1, 1, 7))
+        layer = nn.Linear(8, 4)
+        layer.bias = nn.Parameter(torch.ones(3))
+        with pytest.raises(RuntimeError):
+            apply_linear(layer, torch.ones(1, 1, 8))
+        with pytest.warns(UserWarning, match="zero-element"):
+            nothing = nn.Linear(0, 3)
+        assert torch.equal(apply_linear(nothing, torch.ones(5, 0)), nothing(torch.ones(5, 0)))
+        assert torch.equal(apply_linear(nothing, torch.ones(1, 0)), nothing(torch.ones(1, 0)))
+
+
+def test_what_follows_operations_sees_them() -> None:
+    layer, x = nn.Linear(8, 4).requires_grad_(False), numbers(1, 1, 8)
+    with FlopCounterMode(display=False) as counter:
+        apply_linear(layer, x)
+    assert counter.get_total_flops() == 2 * 8 * 4
+    traced = torch.jit.trace(lambda y: apply_linear(layer, y), x)
+    torch.testing.assert_close(traced(2 * x), layer(2 * x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(apply_linear(layer, x), FakeTensor)
+    torch.testing.assert_close(torch.func.vmap(lambda y: apply_linear(layer, y))(x), layer(x))
+    (tangent,) = torch.func.jvp(lambda y: apply_linear(layer, y), (x,), (x,))[1:]
+    torch.testing.assert_close(tangent, x @ layer.weight.T)
+    with forward_ad.dual_level():
+        dual = apply_linear(layer, forward_ad.make_dual(x, x))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, x @ layer.weight.T)
+    layer.forward = lambda y: y  # type: ignore[method-assign]
+    assert apply_linear(layer, x) is x
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: torch.zeros(2))
+    try:
+        assert torch.equal(apply_linear(nn.Linear(8, 4).requires_grad_(False), x), torch.zeros(2))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("thread", [0, 1, 2])
+def test_a_thread_computes_its_rows_and_no_other(thread: int) -> None:
+    """By a team of three of which one works: rows 0 to 1, 2 to 3 and 4 to 6 of seven."""
+    fake = (
+        ctypes.CFUNCTYPE(None, WORK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(lambda work, data, *_: work(data)),
+        ctypes.CFUNCTYPE(ctypes.c_int)(lambda: thread),
+        ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 3),
+    )
+    team = (ctypes.c_void_p * 3)(*(ctypes.cast(function, ctypes.c_void_p).value for function in fake))
+    x, weight, out = numbers(5), numbers(7, 5), torch.full((7,), float("nan"))
+    one_token._call("holdfast_linear", x, weight, None, out, 7, 5, ctypes.addressof(team), 3)
+    rows = slice(7 * thread // 3, 7 * (thread + 1) // 3)
+    torch.testing.assert_close(out[rows], weight[rows] @ x, rtol=1e-5, atol=1e-5)
+    assert out.isnan().sum() == 7 - (rows.stop - rows.start)
+
+
 def test_who_is_served() -> None:
     x = torch.ones(2, 6)
     weight = torch.nn.Parameter(torch.ones(6))
@@ -151,5 +212,7 @@ def test_who_is_served() -> None:
     assert not one_token.serves(x.bfloat16())
     assert not one_token.serves(x.T)
     assert not one_token.serves(x.to("meta"))
+    assert not one_token.serves(torch._neg_view(x))
+    assert not one_token.serves(x.to_sparse_csr())
     assert not one_token.serves(torch.ones(1 << 17))
     assert rms_norm(x, weight).requires_grad

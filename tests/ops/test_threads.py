@@ -3,6 +3,7 @@
 import multiprocessing
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,13 @@ def test_an_error_arrives_when_all_have_ended(kind: str, failing: int) -> None:
         in_threads(run, 8, 2)
     assert len(ended) == 1
     in_threads(run, 0, 2)  # and it works again
+
+
+def test_a_part_that_never_ran_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a signal's exception comes before the part's first line: ctypes prints it and goes on."""
+    monkeypatch.setattr(threads, "openmp", lambda: SimpleNamespace(GOMP_parallel=lambda *_: None))
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(lambda first, end: None, 4, 2)
 
 
 def test_several_callers_at_once(kind: str) -> None:

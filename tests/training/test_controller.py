@@ -197,18 +197,55 @@ def test_only_a_two_sided_lambda_lifts_a_head_that_keeps_too_few(two_sided):
     assert (model.l1_lambda < 0) == two_sided
 
 
-def test_a_two_sided_lambda_crosses_zero_and_stays_in_range():
-    model = Buffers(1, 1)
-    config = ControllerConfig(32, initial=1e-3, minimum=1e-4, maximum=0.01, interval=1, two_sided=True)
-    controller = BudgetController(model, config=config)
+TWO_SIDED = {"initial": 1e-3, "minimum": 1e-4, "maximum": 0.01, "interval": 1, "two_sided": True}
+
+
+@pytest.mark.parametrize("sharing", ["head", "layer", "all"])
+def test_a_two_sided_lambda_crosses_zero_and_stays_in_range(sharing):
+    model = Buffers(2, 3)
+    controller = BudgetController(model, config=ControllerConfig(32, sharing=sharing, **TWO_SIDED))
     seen = []
-    for kept in [0.0] * 40 + [100.0] * 60 + [0.0] * 60:
-        controller.step(torch.tensor([[kept]]))
-        seen.append(model.l1_lambda.item())
+    for step, kept in enumerate([0.0] * 40 + [100.0] * 60 + [0.0] * 60):
+        if step == 70:  # a resumed run goes on as if it had not stopped
+            controller = BudgetController(model, config=controller.config, budget=32)
+            controller.load_state_dict({"steps": step})
+        controller.step(torch.full((2, 3), kept))
+        assert (model.l1_lambda == model.l1_lambda[0, 0]).all()
+        seen.append(model.l1_lambda[0, 0].item())
     assert seen[39] == pytest.approx(-0.01)
     assert seen[99] == pytest.approx(0.01)
     assert seen[-1] == pytest.approx(-0.01)
     assert all(1e-4 * 0.999 <= abs(value) <= 0.01 * 1.001 for value in seen)
+
+
+def test_heads_that_share_go_on_from_the_strongest_lambda():
+    model = Buffers(1, 3)
+    model.l1_lambda.copy_(torch.tensor([[-0.008, 1e-4, 0.0]]))
+    controller = BudgetController(model, config=ControllerConfig(32, sharing="layer", **TWO_SIDED))
+    controller.step(torch.zeros(1, 3))
+    torch.testing.assert_close(model.l1_lambda, torch.full((1, 3), -0.01))
+
+
+def test_no_head_is_lifted_that_could_not_keep_more():
+    model = Buffers(1, 2)
+    controller = BudgetController(model, config=ControllerConfig(32, **TWO_SIDED))
+    for _ in range(20):
+        controller.step(torch.full((1, 2), 20.0), positions=torch.tensor(32.0))
+    assert (model.l1_lambda == 0).all()
+    for _ in range(20):
+        controller.step(torch.full((1, 2), 20.0), positions=33)
+    assert (model.l1_lambda < 0).all()
+    before = model.l1_lambda.clone()
+    controller.step(torch.full((1, 2), 20.0), positions=20.0)
+    assert torch.equal(model.l1_lambda, before)
+
+
+def test_the_published_rule_takes_a_negative_lambda_for_none():
+    model = Buffers(1, 1)
+    model.l1_lambda.fill_(-0.5)
+    controller = BudgetController(model, config=ControllerConfig(32, **(TWO_SIDED | {"two_sided": False})))
+    controller.step(torch.zeros(1, 1))
+    assert model.l1_lambda.item() == 0
 
 
 @pytest.mark.parametrize(

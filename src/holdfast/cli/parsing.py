@@ -65,6 +65,6 @@ def _in_one_line(box: str, arguments: Sequence[str]) -> str:
 
 def _name_here(text: str) -> str | None:
     """The option for one that has another name in transformers."""
-    unknown = re.match(r"Unrecognized options: --([\w.-]+\.)?([\w-]+)", text)
-    ours = unknown and OTHER_NAMES.get(unknown[2].replace("-", "_"))
-    return f"--{unknown[1] or ''}{ours.replace('_', '-')}" if unknown and ours else None
+    unknown = re.match(r"Unrecognized options: --training\.([\w-]+)", text)
+    ours = unknown and OTHER_NAMES.get(unknown[1].replace("-", "_"))
+    return f"--training.{ours.replace('_', '-')}" if ours else None

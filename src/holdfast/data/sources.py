@@ -21,8 +21,8 @@ __all__ = [
     "TextSource",
     "count_bad_rows",
     "describe_skipped",
+    "is_missing",
     "load_text",
-    "refuse_missing",
     "usable",
 ]
 
@@ -99,21 +99,17 @@ def load_text(
                 f"{name} is local, but config is {config!r}; that is for data sets of the hub: leave it out."
             )
         return LocalText(name, _local_files(path, split), text_column)
-    refuse_missing(name)
-    return HubText(name, split, text_column, config)
-
-
-def refuse_missing(name: str) -> None:
-    """Refuse a name that can only be that of a path at which nothing lies.
-
-    Raises:
-        FileNotFoundError: saying what to give.
-    """
-    if not Path(name).expanduser().exists() and _looks_local(name):
+    if is_missing(name):
         raise FileNotFoundError(
             f"{name} does not exist; give a file, a directory of text files or the name of a hub data set "
             "(for a recipe: --data.source DIR)."
         )
+    return HubText(name, split, text_column, config)
+
+
+def is_missing(name: str) -> bool:
+    """Whether this can only be a path, not a data set of the hub, and nothing lies there."""
+    return not Path(name).expanduser().exists() and _looks_local(name)
 
 
 def _looks_local(name: str) -> bool:

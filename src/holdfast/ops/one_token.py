@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from holdfast.ops.native import VECTORS, load_library
 from holdfast.ops.threads import openmp
@@ -44,17 +45,30 @@ def serves(*tensors: Tensor | None) -> bool:
 
     The first tensor is the one whose size says how much there is to do.
     """
-    if torch.compiler.is_compiling() or (tensors[0] is not None and tensors[0].numel() > _LARGEST):
+    if _is_watched() or (tensors[0] is not None and tensors[0].numel() > _LARGEST):
         return False
     gradient = torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous():
+        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if x.layout != torch.strided or x.is_neg() or not x.is_contiguous():
             return False
         if gradient and x.requires_grad:
             return False
     return _library() is not None
+
+
+def _is_watched() -> bool:
+    """Whether something follows or transforms PyTorch's operations: it would not see these."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
+        or torch._C._functorch.peek_interpreter_stack()  # vmap, jvp
+    )
 
 
 def norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:

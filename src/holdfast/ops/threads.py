@@ -37,22 +37,30 @@ def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> N
         _in_new_threads(run, count, workers)
         return
     errors: list[BaseException] = []
+    done: list[int] = []
 
     def part(_: object) -> None:
-        thread, size = team.omp_get_thread_num(), team.omp_get_num_threads()  # which may be fewer than asked for
-        try:
-            run(count * thread // size, count * (thread + 1) // size)
-        except BaseException as error:  # nothing may pass through C
+        try:  # nothing may pass through C
+            thread, size = team.omp_get_thread_num(), team.omp_get_num_threads()  # which may be fewer than asked for
+            first, end = count * thread // size, count * (thread + 1) // size
+            run(first, end)
+            done.append(end - first)
+        except BaseException as error:
             errors.append(error)
 
     team.GOMP_parallel(_WORK(part), None, workers, 0)
     if errors:
         raise errors[0]
+    if sum(done) != count:  # a signal's exception, between C and the first line above
+        raise KeyboardInterrupt("a signal interrupted the work of several threads")
 
 
 def openmp() -> "_Team | None":
-    """The OpenMP that PyTorch has loaded, with GOMP_parallel, omp_get_thread_num and omp_get_num_threads; None if there
-    is none by these names, or in a process forked from another: GNU's waits there for threads that it no longer has."""
+    """The OpenMP that PyTorch has loaded, with GOMP_parallel, omp_get_thread_num and omp_get_num_threads.
+
+    None if there is none by these names, or in a process forked from another that had imported this module: GNU's
+    OpenMP waits there for threads that it no longer has, if it had any.
+    """
     return None if _forked else _loaded()
 
 
@@ -78,12 +86,17 @@ class _Team:
 
 @functools.cache
 def _loaded() -> _Team | None:
-    if "OpenMP" not in torch.__config__.parallel_info():
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     try:
-        return _Team()
+        team = _Team()
     except (AttributeError, TypeError, OSError):  # other names; Windows, which has no process-wide table of names
         return None
+    places: list[tuple[int, int]] = []
+    work = _WORK(lambda _: places.append((team.omp_get_thread_num(), team.omp_get_num_threads())))
+    team.GOMP_parallel(work, None, 2, 0)
+    # From two libraries, every thread would be the first of one, and do all of the work.
+    return team if sorted(places) == [(thread, len(places)) for thread in range(len(places))] else None
 
 
 def _after_fork() -> None:

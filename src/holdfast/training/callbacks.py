@@ -64,9 +64,9 @@ class RetentionCallback(TrainerCallback, ExportableState):
 
         Returns:
             `lm_loss` and `retention_loss` (means); over all heads `kept_mean|min|max` (pairs scored above the
-            threshold, which λ steers), `stored_mean|min|max` (pairs that the store really holds, at most the budget)
-            and `lambda_mean|max`; per head `kept`, `stored` and `lambda`, nested lists [L][Hkv]; only those that the
-            model has.
+            threshold, which λ steers), `stored_mean|min|max` (pairs that the store really holds, at most the budget),
+            `lambda_mean` (of |λ|) and `lambda_max`; per head `kept`, `stored` and `lambda`, nested lists [L][Hkv]; only
+            those that the model has.
         """
         means = {name: mean.pop() for name, mean in self._logged.items()}
         known = {name: mean_over_ranks(value) for name, value in means.items() if value is not None}
@@ -76,7 +76,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
             for name, count in by_head.items():
                 metrics |= {f"{name}_{kind}": getattr(count, kind)().item() for kind in ("mean", "min", "max")}
             penalty = self.controller.penalty
-            metrics |= {"lambda_mean": penalty.mean().item(), "lambda_max": penalty.max().item()}
+            metrics |= {"lambda_mean": penalty.abs().mean().item(), "lambda_max": penalty.max().item()}
             metrics |= {name: count.tolist() for name, count in by_head.items()} | {"lambda": penalty.tolist()}
         return metrics
 
@@ -108,7 +108,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
             raise RuntimeError("The model reported no kept pairs: train it with return_dict=True and labels.")
         self._logged["kept"].add(kept)
         if self.schedule.evicts(state.global_step, state.max_steps):
-            self.controller.step(kept)
+            self.controller.step(kept, positions)
             if self._watch is not None:
                 self._watch.step(kept, positions)
 

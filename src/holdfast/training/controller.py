@@ -32,7 +32,7 @@ class ControllerConfig:
     budget: int | None = None
     """Pairs to keep per key/value head, b; None: the budget of the model's own configuration."""
     initial: float = 1e-9
-    """λ of a head that keeps too many at the first update."""
+    """λ of a head that keeps too many at the first update (−λ, with `two_sided`, of one that keeps too few)."""
     minimum: float = 1e-9
     """Below this λ (or −λ, see `two_sided`) becomes 0; from 0 it rises to this."""
     maximum: float = 1.0
@@ -50,7 +50,8 @@ class ControllerConfig:
     two_sided: bool = False
     """Let λ fall below 0 for a head that keeps too few: then |λ|·ReLU(−s) raises the scores of the pairs it drops.
 
-    The published penalty only lowers scores: a head that has fallen below b waits for the model's loss to lift it."""
+    The published penalty only lowers scores: a head that has fallen below b waits for the model's loss to lift it. A
+    head that cannot keep b pairs, for no more positions are scored, is not lifted."""
     sharing: Literal["head", "layer", "all"] = "head"
     """Whether each head has its own λ, or the heads of a layer, or all heads, share one (by their mean count)."""
 
@@ -135,12 +136,14 @@ class BudgetController:
         return self._buffer("num_kept")
 
     @torch.no_grad()
-    def step(self, kept: Tensor) -> None:
+    def step(self, kept: Tensor, positions: float | Tensor | None = None) -> None:
         """Take in the counts of one optimizer step; on every `interval`-th call update λ.
 
         Args:
             kept: [L, Hkv] kept pairs per layer and head, averaged over the batch (and over micro-batches when
                 gradients are accumulated); any float dtype and device.
+            positions: penalised positions per sequence, T′: what a head that keeps everything would count. `two_sided`
+                lifts no head while there are at most `budget`; None: there are more.
 
         Raises:
             ValueError: if `kept` does not have the shape of the buffers.
@@ -155,7 +158,7 @@ class BudgetController:
         self.steps += 1
         elapsed = self.steps - self.config.initial_steps
         if elapsed > 0 and elapsed % self.config.interval == 0:
-            self._update(is_first=elapsed == self.config.interval)
+            self._update(elapsed == self.config.interval, self._can_be_lifted(positions))
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs besides the model's buffers: the number of steps taken."""
@@ -165,16 +168,23 @@ class BudgetController:
         """Continue from `state_dict()`; the buffers come back with the model's own weights."""
         self.steps = int(state["steps"])
 
-    def _update(self, is_first: bool) -> None:
+    def _can_be_lifted(self, positions: float | Tensor | None) -> bool | Tensor:
+        """Whether heads could keep more than the budget; the same on every rank."""
+        if positions is None or not self.config.two_sided:
+            return True
+        counted = torch.as_tensor(positions, dtype=torch.float32, device=self.average_kept.device)
+        return mean_over_ranks(counted, self.process_group) > self.budget
+
+    def _update(self, is_first: bool, liftable: bool | Tensor) -> None:
         config, penalty = self.config, self.penalty
         kept = _shared(self.average_kept, config.sharing, torch.mean)
-        previous = _shared(penalty, config.sharing, torch.amax)
+        previous = _shared(penalty if config.two_sided else penalty.clamp(min=0), config.sharing, _strongest)
         too_large = kept > config.tolerance[0] * self.budget
         too_small = kept < config.tolerance[1] * self.budget
         # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
         lifts = previous < 0
         size = previous.abs()
-        grows = torch.where(lifts, too_small, too_large)
+        grows = torch.where(lifts, too_small & liftable, too_large)
         shrinks = torch.where(lifts, too_large, too_small)
         changed = torch.where(grows & ~shrinks, size * config.increase, size)
         changed = torch.where(shrinks & ~grows, size / config.decrease, changed)
@@ -184,7 +194,7 @@ class BudgetController:
         idle = changed == 0
         changed = torch.where(idle & too_large, start, changed)
         if config.two_sided:
-            changed = torch.where(idle & ~too_large, -start, changed)
+            changed = torch.where(idle & ~too_large & liftable, -start, changed)
         penalty.copy_(changed.expand_as(penalty))
 
     def _buffer(self, name: str) -> Tensor:
@@ -275,6 +285,12 @@ def mean_over_ranks(value: Tensor, process_group: dist.ProcessGroup | None = Non
     value = value.clone()
     dist.all_reduce(value, group=process_group)
     return value / dist.get_world_size(process_group)
+
+
+def _strongest(penalty: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+    """The λ of the largest size, with its sign; the positive one of two."""
+    highest, lowest = penalty.amax(dim, keepdim), penalty.amin(dim, keepdim)
+    return torch.where(highest >= -lowest, highest, lowest)
 
 
 def _shared(value: Tensor, sharing: str, reduce: Any) -> Tensor:

@@ -49,7 +49,7 @@ class LmEval:
     """A directory of a trained model, then options."""
 
     def run(self) -> None:
-        """Run the harness."""
+        """Never called: `run` below takes these arguments as they are. The class stands in the list of evaluations."""
         _lm_eval(self.arguments)
 
 

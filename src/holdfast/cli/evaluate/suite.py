@@ -15,7 +15,7 @@ from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import model_directories, reads_text, require_positive, shown_names, usage_errors
+from holdfast.cli.evaluate.common import model_directories, reads_text, require_positive, shown_names
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle, OwnTaskOptions, TextOptions
 from holdfast.cli.evaluate.perplexity import Perplexity
@@ -94,14 +94,13 @@ class All:
 
     def run(self) -> list[Table]:
         """Evaluate, and write the page; returns the table of what was done."""
-        from holdfast.data.sources import refuse_missing
+        from holdfast.data.sources import is_missing
         from holdfast.evaluation.summary import write_summary
         from holdfast.machine import describe_machine
 
-        with usage_errors():
-            for source in (self.data, self.squad, *self.haystack):
-                if source is not None:
-                    refuse_missing(source)
+        for option, source in (("data", self.data), ("squad", self.squad), *(("haystack", h) for h in self.haystack)):
+            if source is not None and is_missing(source):
+                raise UsageError(f"--{option} is {source}, which does not exist.")
         directories = model_directories(self.models, "all")
         planned = [part for part in _plan(self, directories) if part.name.partition("-")[0] in self.parts]
         if not planned:
