@@ -102,10 +102,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="the books: a directory with a validation split")
     parser.add_argument("--squad", help="SQuAD's published JSON; left out: not measured")
     parser.add_argument("--what", default="laptop recipes on books", help="how they were trained, for the record")
-    parser.add_argument("--samples", type=int, default=500, help="questions of SQuAD")
+    parser.add_argument("--add", action="store_true", help="to the models that are in the results already")
+    parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD")
     chosen = parser.parse_args(given)
     quieten_transformers()
-    models = {}
+    models = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if chosen.add else {}
     for run in chosen.runs:
         print(run, flush=True)
         models[run.name] = measure(run, chosen.data, chosen.squad, chosen.samples)

@@ -241,7 +241,7 @@ on the validation split. {read("books")["what"]}.
 
 {laptops()}
 
-SQuAD: 500 completions that contain the answer; models of this size cannot be expected to.
+SQuAD: of 200 completions, those that contain the answer; models of this size cannot be expected to find it.
 
 What the heads of laLTE (budget 64) keep over the last 300 steps, by the λ rule with `two_sided`:
 
