@@ -133,14 +133,17 @@ def turns() -> str:
 
 
 def variants() -> str:
-    """Accuracy by budget, the seeds of each scorer side by side."""
+    """Accuracy by budget, the seeds of each scorer side by side; or that it is not measured."""
+    if not (RESULTS / "scorer-variants.json").is_file():
+        return "**Not measured yet**: `benchmarks/needle_study.py --parts variants` trains and measures them."
     values = read("scorer-variants")["values"]
     budgets = [str(part["budget"]) for part in next(iter(values.values()))[0]]
     rows = [
         [name, *(seeds(run[index]["beyond"] for run in runs) for index in range(len(budgets)))]
         for name, runs in values.items()
     ]
-    return table(["slots per head", *budgets], rows)
+    shown = table(["slots per head", *budgets], rows)
+    return f"{shown}\n\n{machine('scorer-variants')}. Data: {source('scorer-variants')}."
 
 
 def laptops() -> str:
@@ -228,8 +231,6 @@ same receptive field, all of it before the pair, so that no score waits for the 
 alone. Accuracy beyond the window by budget, seeds 0 / 1 / 2, trained with 40 slots, 512 samples.
 
 {variants()}
-
-{machine("scorer-variants")}. Data: {source("scorer-variants")}.
 
 ## Books, side by side
 
