@@ -1,6 +1,6 @@
 """streaming_retention: which key is forgotten when."""
 
-import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from holdfast.ops.retention import FOREVER, _compiled_store, streaming_retention, streaming_retention_reference
+from holdfast.ops.threads import in_threads
 
 NAN, INF = float("nan"), float("inf")
 
@@ -152,18 +153,15 @@ def test_many_scores_take_the_threaded_path_and_agree(monkeypatch: pytest.Monkey
     alone = streaming_retention(scores, 9, 4, 2, starts=starts)
     monkeypatch.setattr("holdfast.ops.retention._THREADED_SIZE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    workers = set()
-    monkeypatch.setattr(threading.Thread, "start", count_starts(threading.Thread.start, workers))
+    parts: list[tuple[int, int]] = []
+
+    def recorded(run: Callable[[int, int], object], count: int, workers: int) -> None:
+        assert workers == 4
+        in_threads(lambda *part: (parts.append(part), run(*part)), count, workers)
+
+    monkeypatch.setattr("holdfast.ops.retention.in_threads", recorded)
     assert torch.equal(streaming_retention(scores, 9, 4, 2, starts=starts), alone)
-    assert workers
-
-
-def count_starts(start: object, workers: set[object]) -> object:
-    def counted(thread: threading.Thread) -> None:
-        workers.add(thread)
-        start(thread)  # type: ignore[operator]
-
-    return counted
+    assert len(parts) > 1
 
 
 def test_non_contiguous_scores_that_need_gradients() -> None:
