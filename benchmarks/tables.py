@@ -8,15 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from holdfast.demo.settings import TITLES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TITLES = {
-    "needle-gdn": "GDN",
-    "needle-gdn-swa": "GDN + SWA",
-    "needle-lalte": "laLTE",
-    "needle-lansa": "laNSA",
-    "needle-gdn-full": "GDN + full attention",
-}
 
 
 def read(name: str) -> Any:

@@ -340,6 +340,7 @@ WRITE_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 def padded(size: int, least: int = 16) -> int:
+    """The next power of two, as blocks must be, at least `least`."""
     return max(least, triton.next_power_of_2(size))
 
 
@@ -359,10 +360,12 @@ def split(slots: int, tile: int, rows: int, programs: int) -> tuple[int, int]:
 
 @functools.cache
 def programs_of(device: torch.device) -> int:
+    """How many programs are to run at once on this device."""
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def constants(budget: int, ring: int, delay: int, groups: int, dim: int, has_real: bool, exact: bool) -> dict[str, Any]:
+    """What the step's kernels are compiled for; `exact`: with the products of float32."""
     return {
         "BUDGET": budget,
         "RING": ring,

@@ -242,6 +242,7 @@ SUM_TILE = Tile(16, 16, 4, 1)
 
 
 def sum_constants(shape: Shape) -> dict[str, int]:
+    """Of the constants of a shape, those of `sum_kernel`."""
     needed = ("BLOCK_SIZE", "DIM", "BLOCK_DIM", "VALUE_DIM", "BLOCK_VALUE", "BLOCK_N")
     constants = shape.constants(SUM_TILE)
     return {name: constants[name] for name in needed}

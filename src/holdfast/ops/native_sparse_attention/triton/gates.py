@@ -37,6 +37,7 @@ def run_gated_sum(
 
 
 def constants(value_dim: int) -> dict[str, int]:
+    """Constants of `gated_sum_kernel` but for DIVIDED."""
     return {"VALUE_DIM": value_dim, "BLOCK_VALUE": padded(value_dim), "BLOCK_M": TILE.queries}
 
 

@@ -110,6 +110,7 @@ class Shape:
 
 
 def options(tile: Tile) -> dict[str, int]:
+    """What Triton is told of a tile besides the kernel's constants."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 

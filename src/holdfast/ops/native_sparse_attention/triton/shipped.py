@@ -23,6 +23,7 @@ _FP32_MEANS = {"k": "*fp32", "v": "*fp32"}
 
 
 def shipped_kernels() -> Iterator[ShippedKernel]:
+    """Every form in which these kernels are launched, for `holdfast kernels`."""
     for kind, targets in TARGETS.items():
         for dtype, heads in HEADS.items():
             for dim in heads:

@@ -93,4 +93,5 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def launch_options(shape: Shape, tile: sizes.Tile) -> dict[str, Any]:
+    """The kernels' constants, and what else Triton is told of a tile."""
     return {**shape.constants(tile), "num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -23,6 +23,7 @@ _NUMBERS = dict.fromkeys(("queries", "keys", "kv_heads", "window"), "i32")
 
 
 def shipped_kernels() -> Iterator[ShippedKernel]:
+    """Every form in which these kernels are launched, for `holdfast kernels`."""
     yield from _plan_kernels()
     for kind, targets in TARGETS.items():
         for dtype, heads in HEADS.items():
