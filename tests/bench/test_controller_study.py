@@ -1,5 +1,6 @@
 """The study of the budget controller: simulated heads do what their formula says, and the rule itself steers them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from holdfast.cli import main
 
 QUIET = {"positions": 200, "valued": 1e-3, "walk": 0.0, "noise": 0.0, "seed": 0}
 SMALL = ControllerStudySettings(
-    intervals=(4,), tolerances=((0.9, 1.1),), factors=((1.1, 1.1),), time_constants=(5.0, 50.0), heads=3, steps=1500
+    intervals=(4,),
+    tolerances=((0.9, 1.1),),
+    factors=((1.1, 1.1),),
+    proportional=(False,),
+    time_constants=(5.0, 50.0),
+    heads=3,
+    steps=1500,
 )
 
 
@@ -41,6 +48,16 @@ def test_gentle_factors_keep_quick_heads_at_their_budget() -> None:
     assert again["cases"] == study["cases"]
 
 
+def test_proportional_factors_stay_nearer_and_are_as_quick() -> None:
+    published = {"intervals": (8,), "tolerances": ((0.95, 1.0),), "factors": ((1.5, 2.0),)}
+    settings = dataclasses.replace(SMALL, **published, proportional=(False, True), steps=3000)
+    whole, _, proportional, _ = study_controller(settings, progress=False)["cases"]
+    assert (whole["proportional"], proportional["proportional"]) == (False, True)
+    assert proportional["reached"] < 1.1 * whole["reached"]
+    assert whole["within"] < 0.6
+    assert proportional["within"] > 0.9
+
+
 def test_a_budget_that_is_not_reached_is_said_to_be_so(tmp_path: Path) -> None:
     study = study_controller(
         ControllerStudySettings(intervals=(64,), steps=50, heads=1, plot=Path("x")), progress=False
@@ -59,7 +76,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "reached at step" in shown
     assert "never" in shown
-    assert [case["interval"] for case in json.loads(output.read_text())["cases"]] == [4, 4]
+    assert [case["interval"] for case in json.loads(output.read_text())["cases"]] == [4] * 4
     assert plot.exists()
     for arguments, message in (
         (["--plot", "study.gif"], "ends in .png, .svg or .pdf"),

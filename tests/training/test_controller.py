@@ -1,6 +1,7 @@
 """The λ rule against recorded trajectories, in a loop of one's own, over ranks; and the watch over collapsed heads."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,22 @@ def test_only_a_two_sided_lambda_lifts_a_head_that_keeps_too_few(two_sided):
     else:
         assert kept.item() < 3
     assert (model.l1_lambda < 0) == two_sided
+
+
+def test_proportional_factors_are_whole_at_twice_and_half_the_budget():
+    model = Buffers(1, 6)
+    model.l1_lambda.fill_(1e-3)
+    settings = {"interval": 1, "increase": 1.5, "decrease": 2.0, "tolerance": (1.0, 1.0)}
+    controller = BudgetController(model, config=ControllerConfig(32, proportional=True, **settings))
+    controller.step(torch.tensor([[0.0, 16.0, 32 * 2**-0.5, 32.0, 40.0, 100.0]]))
+    expected = [1 / 2, 1 / 2, 2**-0.5, 1, 1.5 ** math.log2(40 / 32), 1.5]
+    torch.testing.assert_close(model.l1_lambda[0], 1e-3 * torch.tensor(expected))
+    # A negative λ, which lifts, has the roles exchanged.
+    model.l1_lambda.fill_(-1e-3)
+    controller = BudgetController(model, config=ControllerConfig(32, proportional=True, two_sided=True, **settings))
+    controller.step(torch.tensor([[0.0, 16.0, 32 * 2**-0.5, 32.0, 40.0, 100.0]]))
+    expected = [1.5, 1.5, 1.5**0.5, 1, 2 ** -math.log2(40 / 32), 1 / 2]
+    torch.testing.assert_close(model.l1_lambda[0], -1e-3 * torch.tensor(expected))
 
 
 TWO_SIDED = {"initial": 1e-3, "minimum": 1e-4, "maximum": 0.01, "interval": 1, "two_sided": True}

@@ -82,7 +82,7 @@ class ControllerCase:
     """What one setting of the rule did to heads of one time constant; medians over the heads.
 
     Attributes:
-        interval, tolerance, factors: of the rule; the factors are α and the divisor.
+        interval, tolerance, factors, proportional: of the rule; the factors are α and the divisor.
         time_constant: τ of the heads, in steps.
         reached: the first step at which a head keeps within a tenth of the budget; None: never.
         within: share of the steps of the last half in which it does.
@@ -93,6 +93,7 @@ class ControllerCase:
     interval: int
     tolerance: tuple[float, float]
     factors: tuple[float, float]
+    proportional: bool
     time_constant: float
     reached: int | None
     within: float
@@ -107,14 +108,20 @@ def study_controller(settings: ControllerStudySettings, *, progress: bool = True
         `settings`, `machine` and `cases`, ready for JSON.
     """
     cases: list[ControllerCase] = []
-    grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors))
-    for interval, tolerance, factors in track(grid, "simulating", progress=progress):
-        up, down = factors
-        rule = ControllerConfig(settings.budget, increase=up, decrease=down, interval=interval, tolerance=tolerance)
+    grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors, settings.proportional))
+    for interval, tolerance, factors, proportional in track(grid, "simulating", progress=progress):
+        rule = ControllerConfig(
+            settings.budget,
+            increase=factors[0],
+            decrease=factors[1],
+            interval=interval,
+            tolerance=tolerance,
+            proportional=proportional,
+        )
         kept = _simulate(settings, rule)
         for row, time_constant in enumerate(settings.time_constants):
             measured = _measure(kept[:, row] / settings.budget)
-            cases.append(ControllerCase(interval, tolerance, factors, time_constant, *measured))
+            cases.append(ControllerCase(interval, tolerance, factors, proportional, time_constant, *measured))
     return {
         "benchmark": "controller",
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name not in _PLACES},
@@ -161,19 +168,23 @@ def plot_controller_study(study: dict[str, Any], path: str | os.PathLike[str]) -
         study: from `study_controller`, or its JSON.
         path: file to write; its ending gives the format (png, svg, pdf).
     """
-    constants, tolerances, factors = (
+    constants, tolerances, factors, kinds = (
         list(dict.fromkeys(map(_hashable, (case[name] for case in study["cases"]))))
-        for name in ("time_constant", "tolerance", "factors")
+        for name in ("time_constant", "tolerance", "factors", "proportional")
     )
     with picture(path, (3.4 * len(constants), 5.4)) as figure:
         panels = figure.subplots(2, len(constants), sharex=True, sharey="row", squeeze=False)
-        lines = list(itertools.product(enumerate(tolerances), enumerate(factors)))
-        for (at, constant), ((colour, tolerance), (style, factor)) in itertools.product(enumerate(constants), lines):
-            wanted = {"time_constant": constant, "tolerance": tolerance, "factors": factor}
+        lines = list(itertools.product(enumerate(tolerances), enumerate(factors), kinds))
+        for (at, constant), ((colour, tolerance), (style, factor), kind) in itertools.product(
+            enumerate(constants), lines
+        ):
+            wanted = {"time_constant": constant, "tolerance": tolerance, "factors": factor, "proportional": kind}
             found = [case for case in study["cases"] if all(_hashable(case[key]) == wanted[key] for key in wanted)]
             intervals = [case["interval"] for case in found]
-            look: dict[str, Any] = {"color": f"C{colour}", "linestyle": ("-", "--", ":")[style % 3], "marker": "."}
+            look: dict[str, Any] = {"color": f"C{colour}", "linestyle": ("-", "--", ":")[style % 3]}
+            look["marker"] = "s" if kind else "."
             look["label"] = f"{tolerance[0]:g} to {tolerance[1]:g}, × {factor[0]:g} or ÷ {factor[1]:g}"
+            look["label"] += ", proportional" * kind
             reached = [math.nan if case["reached"] is None else case["reached"] for case in found]
             panels[0][at].plot(intervals, reached, **look)
             panels[1][at].plot(intervals, [100 * case["error"] for case in found], **look)

@@ -277,6 +277,8 @@ class ControllerStudySettings:
     """(lo, hi), as shares of the budget."""
     factors: tuple[tuple[float, float], ...] = ((1.5, 2.0), (1.1, 1.1))
     """By which λ is multiplied, and divided."""
+    proportional: tuple[bool, ...] = (False, True)
+    """Whole factors always, or the smaller ones, the nearer a head is to its budget (`controller.proportional`)."""
     time_constants: tuple[float, ...] = (20.0, 100.0, 500.0)
     """Steps in which a head comes to what λ leaves it, but for a third."""
     heads: int = 16

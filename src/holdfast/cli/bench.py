@@ -102,6 +102,7 @@ def _study(settings: ControllerStudySettings) -> None:
     table = Table("u", "tolerance", "× or ÷", "τ", "reached at step", "within 10 %", "typical error", "lowest ÷ b")
     for case in study["cases"]:
         pairs = ["{:g}, {:g}".format(*case[name]) for name in ("tolerance", "factors")]
+        pairs[1] += " proportional" * case["proportional"]
         reached = "never" if case["reached"] is None else f"{case['reached']:,}"
         shares = (f"{case['within']:.0%}", f"{case['error']:.0%}", f"{case['lowest']:.2f}")
         table.add_row(str(case["interval"]), *pairs, f"{case['time_constant']:g}", reached, *shares)

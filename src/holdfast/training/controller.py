@@ -52,6 +52,9 @@ class ControllerConfig:
 
     The published penalty only lowers scores: a head that has fallen below b waits for the model's loss to lift it. A
     head that cannot keep b pairs, for no more positions are scored, is not lifted."""
+    proportional: bool = False
+    """Take the factors to the power |log2(kept / b)|, at most 1: whole only for a head that keeps at least twice the
+    budget or at most half of it, and the smaller, the nearer it is. The published rule takes whole factors always."""
     sharing: Literal["head", "layer", "all"] = "head"
     """Whether each head has its own λ, or the heads of a layer, or all heads, share one (by their mean count)."""
 
@@ -184,10 +187,11 @@ class BudgetController:
         # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
         lifts = previous < 0
         size = previous.abs()
+        power = (kept / self.budget).log2().abs().clamp(max=1) if config.proportional else 1.0
         grows = torch.where(lifts, too_small & liftable, too_large)
         shrinks = torch.where(lifts, too_large, too_small)
-        changed = torch.where(grows & ~shrinks, size * config.increase, size)
-        changed = torch.where(shrinks & ~grows, size / config.decrease, changed)
+        changed = torch.where(grows & ~shrinks, size * config.increase**power, size)
+        changed = torch.where(shrinks & ~grows, size / config.decrease**power, changed)
         changed = changed.clamp(max=config.maximum)
         changed = torch.where(changed < config.minimum, 0.0, changed) * torch.where(lifts, -1.0, 1.0)
         start = config.initial if is_first else config.minimum
