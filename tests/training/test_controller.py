@@ -131,6 +131,23 @@ def test_resuming_between_updates_changes_nothing():
     assert not torch.equal(whole.l1_lambda, third.l1_lambda)
 
 
+def test_damping_remembers_the_last_count_over_a_resumption():
+    config = ControllerConfig(32, interval=2, proportional=True, damping=3.0, minimum=1e-5, initial=1e-4)
+    torch.manual_seed(0)
+    counts = 16 + 32 * torch.rand(20, 2, 3)
+    whole, first = Buffers(), Buffers()
+    controller, before = BudgetController(whole, config=config), BudgetController(first, config=config)
+    for n, kept in enumerate(counts):
+        controller.step(kept)
+        if n == 10:
+            saved = json.loads(json.dumps(before.state_dict()))
+            before = BudgetController(first, config=config)
+            before.load_state_dict(saved)
+        before.step(kept)
+    assert torch.equal(whole.l1_lambda, first.l1_lambda)
+    assert saved["distance"] is not None
+
+
 def test_a_trained_model_keeps_its_lambda():
     model = Buffers()
     model.l1_lambda.fill_(0.01)
@@ -212,6 +229,42 @@ def test_proportional_factors_are_whole_at_twice_and_half_the_budget():
     controller.step(torch.tensor([[0.0, 16.0, 32 * 2**-0.5, 32.0, 40.0, 100.0]]))
     expected = [1.5, 1.5, 1.5**0.5, 1, 2 ** -math.log2(40 / 32), 1 / 2]
     torch.testing.assert_close(model.l1_lambda[0], -1e-3 * torch.tensor(expected))
+
+
+def test_damping_yields_before_the_budget_is_reached():
+    model = Buffers(1, 3)
+    settings = {"interval": 1, "increase": 1.5, "decrease": 2.0, "proportional": True, "damping": 2.0}
+    controller = BudgetController(model, config=ControllerConfig(32, **settings))
+    controller.step(torch.tensor([[48.0, 40.0, 20.0]]))
+    model.l1_lambda.fill_(1e-3)
+    # Falling towards the budget, standing still, rising towards it; the counts as they are, for smoothing is 1 here.
+    controller.step(torch.tensor([[44.0, 40.0, 21.0]]))
+    errors = [math.log2(new / 32) + 2 * math.log2(new / old) for old, new in ((48, 44), (40, 40), (20, 21))]
+    assert errors[0] > 0 > errors[2]
+    expected = [(1.5 if error > 0 else 2.0) ** error for error in errors]
+    torch.testing.assert_close(model.l1_lambda[0], 1e-3 * torch.tensor(expected))
+    controller.step(torch.tensor([[36.0, 40.0, 30.0]]))
+    assert model.l1_lambda[0, 0] < 1e-3 * expected[0]  # still above the budget, but falling fast
+    assert model.l1_lambda[0, 2] > 1e-3 * expected[2]
+
+
+@pytest.mark.parametrize(("damping", "settles"), [(0.0, False), (6.0, True)])
+def test_heads_that_drift_at_a_pace_settle_only_with_damping(damping, settles):
+    # Adam moves a scorer at a pace of its own, whatever the size of λ: where λ outweighs what a pair is worth, down.
+    model = Buffers(1, 1)
+    settings = {"initial": 3e-4, "minimum": 1e-4, "interval": 8, "increase": 1.3, "decrease": 1.3, "two_sided": True}
+    config = ControllerConfig(32, **settings, proportional=True, damping=damping)
+    controller = BudgetController(model, config=config)
+    log_odds, pace, course = 3.0, 0.0, []
+    for _ in range(1500):
+        kept = torch.sigmoid(torch.tensor([[log_odds]])) * POSITIONS
+        controller.step(kept)
+        course.append(kept.item())
+        worth, penalty = 6e-4 * math.exp(-log_odds / 4), model.l1_lambda.item()
+        pace += ((worth - penalty) / (worth + abs(penalty)) - pace) / 10
+        log_odds += 0.05 * pace
+    furthest = max(abs(kept / 32 - 1) for kept in course[-500:])
+    assert (furthest < 0.1) == settles
 
 
 TWO_SIDED = {"initial": 1e-3, "minimum": 1e-4, "maximum": 0.01, "interval": 1, "two_sided": True}

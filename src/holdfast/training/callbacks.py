@@ -44,7 +44,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
         self.patience = patience
         self.controller: BudgetController | None = None
         self._watch: RetentionWatch | None = None
-        self._steps = 0
+        self._controller_state: dict[str, Any] | None = None
         self._hook: RemovableHandle | None = None
         self._counts, self._positions = _RunningMean(), _RunningMean()
         self._logged: defaultdict[str, _RunningMean] = defaultdict(_RunningMean)
@@ -56,8 +56,8 @@ class RetentionCallback(TrainerCallback, ExportableState):
             "schedule": dataclasses.asdict(self.schedule),
             "patience": self.patience,
         }
-        steps = self.controller.steps if self.controller else self._steps
-        return {"args": settings, "attributes": {"_steps": steps}}
+        state = self.controller.state_dict() if self.controller else self._controller_state
+        return {"args": settings, "attributes": {"_controller_state": state}}
 
     def drain(self) -> dict[str, Any]:
         """Metrics since the last call, then start anew. Waits for the device; call it on every rank.
@@ -90,7 +90,8 @@ class RetentionCallback(TrainerCallback, ExportableState):
             return
         self.controller = BudgetController(model, config=self.controller_config)
         saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
-        self.controller.load_state_dict({"steps": saved["attributes"].get("_steps", 0)})
+        if saved["attributes"].get("_controller_state") is not None:
+            self.controller.load_state_dict(saved["attributes"]["_controller_state"])
         # Without a threshold every score is positive: that a head "keeps everything" then says nothing.
         if any(layer.options.threshold > 0 for layer in layers.values()):
             self._watch = RetentionWatch(

@@ -20,6 +20,8 @@ from holdfast.settings import from_mapping
 
 logger = logging.get_logger(__name__)
 
+_FURTHEST = 3  # beyond 2^±3 of the budget, changes are not worth damping
+
 
 @dataclass(frozen=True)
 class ControllerConfig:
@@ -55,6 +57,9 @@ class ControllerConfig:
     proportional: bool = False
     """Take the factors to the power |log2(kept / b)|, at most 1: whole only for a head that keeps at least twice the
     budget or at most half of it, and the smaller, the nearer it is. The published rule takes whole factors always."""
+    damping: float = 0.0
+    """With `proportional`: how much more the change of log2(kept / b) since the last update counts than log2(kept / b)
+    itself. λ then gives way before a head has reached its budget, and heads do not swing about it."""
     sharing: Literal["head", "layer", "all"] = "head"
     """Whether each head has its own λ, or the heads of a layer, or all heads, share one (by their mean count)."""
 
@@ -74,6 +79,8 @@ class ControllerConfig:
             raise ValueError(f"increase and decrease are factors above 1, got {self.increase} and {self.decrease}.")
         if not 0 < self.tolerance[0] <= self.tolerance[1]:
             raise ValueError(f"tolerance must be (lo, hi) with 0 < lo <= hi, got {self.tolerance}.")
+        if not self.damping >= 0 or (self.damping and not self.proportional):
+            raise ValueError(f"damping must be 0 or more, and 0 without proportional, got {self.damping}.")
         if self.sharing not in ("head", "layer", "all"):
             raise ValueError(f'sharing must be "head", "layer" or "all", got {self.sharing!r}.')
 
@@ -126,6 +133,7 @@ class BudgetController:
         self.budget = budget or self.config.budget or _budget_of(model_config)
         self.process_group = process_group
         self.steps = 0
+        self._distance: Tensor | None = None  # log2(kept / b) at the last update
         self._owner = _buffer_owner(model)
 
     @property
@@ -164,12 +172,14 @@ class BudgetController:
             self._update(elapsed == self.config.interval, self._can_be_lifted(positions))
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs besides the model's buffers: the number of steps taken."""
-        return {"steps": self.steps}
+        """What resuming needs besides the model's buffers, ready for JSON: steps taken, and what damping remembers."""
+        return {"steps": self.steps, "distance": None if self._distance is None else self._distance.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; the buffers come back with the model's own weights."""
         self.steps = int(state["steps"])
+        distance = state.get("distance")
+        self._distance = None if distance is None else torch.tensor(distance, device=self.average_kept.device)
 
     def _can_be_lifted(self, positions: float | Tensor | None) -> bool | Tensor:
         """Whether heads could keep more than the budget; the same on every rank."""
@@ -184,10 +194,13 @@ class BudgetController:
         previous = _shared(penalty if config.two_sided else penalty.clamp(min=0), config.sharing, _strongest)
         too_large = kept > config.tolerance[0] * self.budget
         too_small = kept < config.tolerance[1] * self.budget
+        power: float | Tensor = 1.0
+        if config.proportional:
+            error = self._error(kept, too_large & too_small)
+            too_large, too_small, power = error > 0, error < 0, error.abs()
         # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
         lifts = previous < 0
         size = previous.abs()
-        power = (kept / self.budget).log2().abs().clamp(max=1) if config.proportional else 1.0
         grows = torch.where(lifts, too_small & liftable, too_large)
         shrinks = torch.where(lifts, too_large, too_small)
         changed = torch.where(grows & ~shrinks, size * config.increase**power, size)
@@ -198,8 +211,16 @@ class BudgetController:
         idle = changed == 0
         changed = torch.where(idle & too_large, start, changed)
         if config.two_sided:
-            changed = torch.where(idle & ~too_large & liftable, -start, changed)
+            changed = torch.where(idle & too_small & ~too_large & liftable, -start, changed)
         penalty.copy_(changed.expand_as(penalty))
+
+    def _error(self, kept: Tensor, fits: Tensor) -> Tensor:
+        """By which power of the factors λ is to rise (fall, if negative), in [-1, 1]; `fits`: within the tolerance."""
+        distance = (kept / self.budget).clamp(2**-_FURTHEST, 2**_FURTHEST).log2()
+        before = distance if self._distance is None else self._distance
+        self._distance = distance
+        error = distance.masked_fill(fits, 0.0) + self.config.damping * (distance - before)
+        return error.clamp(-1, 1)
 
     def _buffer(self, name: str) -> Tensor:
         # Looked up each time: moving a model replaces its buffers, and casting it would lower these to bf16, in which
