@@ -2,6 +2,8 @@
 
     holdfast train laptop-gdn --data.source BOOKS --output.directory runs     # and the other four
     python benchmarks/books_study.py runs/laptop-* --data BOOKS --squad dev-v2.0.json
+    holdfast train laptop-lalte --model.mixer-options.learned-eviction.budget 16 --output.directory other ...
+    python benchmarks/books_study.py other/laptop-lalte --name "laptop-lalte, b = 16" --add --data BOOKS
 
 Perplexity on the validation split by position, at the length of training and at four times that; the course of
 training; pairs that each head kept at its end; SQuAD completion.
@@ -78,13 +80,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(10.0, 3.6), layout="constrained")
     by_position, by_step = figure.subplots(1, 2)
-    for name, model in found["models"].items():
+    recipes = {name: model for name, model in found["models"].items() if "," not in name}
+    for name, model in recipes.items():
         bins = model["perplexity"][str(LENGTHS[-1])]["bins"]
         by_position.plot([(b["start"] + b["stop"]) / 2 for b in bins], [b["perplexity"] for b in bins], label=name)
     by_position.axvline(LENGTHS[0], color="0.6", linestyle=":", label="length of training")
     by_position.set(xlabel="position", ylabel="perplexity of a token")
     by_position.legend(fontsize="x-small")
-    model = next(model for model in found["models"].values() if "kept" in model)
+    model = next(model for model in recipes.values() if "kept" in model)
     counts = np.array(model["kept"]["course"])
     heads = range(len(model["kept"]["mean"][0]))
     names = [f"layer {layer}, head {head}" for layer in model["layers"] for head in heads]
@@ -102,14 +105,17 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="the books: a directory with a validation split")
     parser.add_argument("--squad", help="SQuAD's published JSON; left out: not measured")
     parser.add_argument("--what", default="laptop recipes on books", help="how they were trained, for the record")
+    parser.add_argument("--name", help="of one run; left out: of its directory. RECIPE, SETTING for a variant")
     parser.add_argument("--add", action="store_true", help="to the models that are in the results already")
     parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD")
     chosen = parser.parse_args(given)
+    if chosen.name is not None and len(chosen.runs) > 1:
+        parser.error("--name is for one run")
     quieten_transformers()
     models = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if chosen.add else {}
     for run in chosen.runs:
         print(run, flush=True)
-        models[run.name] = measure(run, chosen.data, chosen.squad, chosen.samples)
+        models[chosen.name or run.name] = measure(run, chosen.data, chosen.squad, chosen.samples)
         write_json(RESULTS, {"what": chosen.what, "environment": describe_machine(), "models": models})
     draw(json.loads(RESULTS.read_text(encoding="utf-8")), PICTURE)
 

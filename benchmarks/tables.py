@@ -141,16 +141,20 @@ def variants() -> str:
     return f"{shown}\n\n{machine('scorer-variants')}. Data: {source('scorer-variants')}."
 
 
+COUNTS = (("kept", "mean"), ("kept", "lowest"), ("stored", "mean"))
+
+
 def laptops() -> str:
     """What the laptop recipes reach on books, and what the heads of laLTE kept."""
     models = read("books")["models"]
     rows = []
     for name, found in models.items():
+        recipe, *setting = name.split(", ")
         trained, longer = (found["perplexity"][length] for length in ("512", "2048"))
         last = longer["bins"][-1]["perplexity"]
         rows.append(
             [
-                TITLES[name.replace("laptop", "needle")],
+                ", ".join([TITLES[recipe.replace("laptop", "needle")], *setting]),
                 f"{found['parameters'] / 1e6:.2f} M",
                 f"{trained['perplexity']:.1f}",
                 f"{longer['perplexity']:.1f}",
@@ -166,15 +170,15 @@ def laptops() -> str:
 
 
 def laptop_heads() -> str:
-    """Pairs that each head of the laptop's laLTE kept at the end, and λ."""
-    found = read("books")["models"]["laptop-lalte"]
+    """Pairs that each head of the laptop's laLTE kept at the end, for every budget it was trained with."""
+    models = [found for found in read("books")["models"].values() if "kept" in found]
+    models.sort(key=lambda found: found["budget"])
     rows = []
-    for row, layer in enumerate(found["layers"]):
-        for head in range(len(found["kept"]["mean"][row])):
-            counts = (found["kept"]["mean"], found["kept"]["lowest"], found["stored"]["mean"])
-            shown = [f"{count[row][head]:.0f}" for count in counts]
-            rows.append([f"{layer}, {head}", *shown, f"{found['lambda'][row][head]:.1e}"])
-    return table(["layer, head", "kept", "fewest over ten steps", "in the store", "λ at the last step"], rows)
+    for row, layer in enumerate(models[0]["layers"]):
+        for head in range(len(models[0]["kept"]["mean"][row])):
+            counts = [[found[a][b][row][head] for a, b in COUNTS] for found in models]
+            rows.append([f"{layer}, {head}", *("{:.0f} ({:.0f}), {:.0f}".format(*count) for count in counts)])
+    return table(["layer, head", *(f"b = {found['budget']}" for found in models)], rows)
 
 
 def page() -> str:
