@@ -33,6 +33,7 @@ from holdfast.mixers.layout import (
 from holdfast.mixers.penalty import Float32Buffers, count_kept, retention_penalty
 from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import rms_norm
+from holdfast.ops.swiglu import swiglu
 from holdfast.outputs import HybridCausalLMOutput, HybridModelOutput, RetentionOutput
 
 logger = logging.get_logger(__name__)
@@ -107,7 +108,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(self.down_proj, F.silu(apply_linear(self.gate_proj, x)) * apply_linear(self.up_proj, x))
+        return apply_linear(self.down_proj, swiglu(apply_linear(self.gate_proj, x), apply_linear(self.up_proj, x)))
 
 
 class HybridBlock(GradientCheckpointingLayer):
@@ -404,5 +405,6 @@ def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seq
         begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
         begins[cu_seqlens.to(labels.device).long()] = True
         targets = targets.masked_fill(begins[1 : labels.shape[1]], -100)
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    targets = F.pad(targets, (0, 1), value=-100)  # all logits stay in their place: leaving out the last would copy them
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.mixers.scorers import ConvScorer
-from holdfast.ops import one_token
+from holdfast.ops import one_token, threads
 from holdfast.ops.gated_delta_rule import gated_delta_step
 from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
@@ -102,11 +102,11 @@ def test_scorer(
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("size", "rows", "bias"), [(64, 96, True), (37, 5, False), (3, 1, True), (512, 1408, False)])
-def test_linear(size: int, rows: int, bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_token, "_THREADED", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_linear(size: int, rows: int, bias: bool, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
     layer = nn.Linear(size, rows, bias).requires_grad_(False)
     layer.weight.copy_(numbers(rows, size) / size**0.5)
     double = copy.deepcopy(layer).double()
@@ -119,7 +119,7 @@ def test_linear(size: int, rows: int, bias: bool, threads: int, monkeypatch: pyt
 
 
 def test_linear_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_token, "openmp", lambda: None)
+    monkeypatch.setattr(threads, "openmp", lambda: None)
     weight, x = numbers(600, 200), numbers(1, 200)
     torch.testing.assert_close(one_token.linear(x, weight, None), x @ weight.T, rtol=1e-5, atol=1e-5)
 

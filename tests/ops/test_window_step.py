@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.ops import one_token
+from holdfast.ops import one_token, threads
 from holdfast.ops.threads import openmp
 from holdfast.ops.window_step import Slots, window_step
 
@@ -148,7 +148,7 @@ def test_wrong_arguments_are_named(error: type[Exception], message: str, changes
 def test_rows_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     workers: list[int] = []
     call = one_token._call
-    monkeypatch.setattr(one_token, "_THREADED", 1)
+    monkeypatch.setattr(threads, "_THREADED", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(one_token, "_call", lambda *given: (workers.append(given[-1]), call(*given))[1])
     expected = empty(3, 2, 4, 3, 16)

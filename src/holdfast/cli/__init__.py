@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from holdfast.cli.allocation import keep_freed_memory
 from holdfast.cli.errors import UsageError
 
 __all__ = ["COMMANDS", "main"]
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    keep_freed_memory()
     try:
         _dispatch(arguments)
     except SystemExit as stop:  # tyro has shown its help or its error

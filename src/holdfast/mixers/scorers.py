@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from holdfast.mixers.base import require
 from holdfast.ops import one_token
+from holdfast.ops.dropout import dropout
 
 
 class ConvScorer(nn.Module):
@@ -81,7 +82,7 @@ class ConvScorer(nn.Module):
             x = x.reshape(1, heads * batch, length, channels)
             valid = valid.expand(batch, -1).repeat(heads, 1)
         for conv in self.conv_stack.convs:
-            x = F.dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout, self.training)
+            x = dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout if self.training else 0)
             x = F.silu(conv(x))
             lost = valid.shape[1] - x.shape[2]
             before = lost if self.causal else lost // 2

@@ -12,14 +12,17 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from holdfast.files import replacing
 
-__all__ = ["VECTORS", "load_library"]
+__all__ = ["VECTORS", "Functions", "is_plain", "is_watched", "load_library"]
 
 VECTORS = Path(__file__).with_name("vectors.h")
 """Vectors of floats and products of small matrices, for C++ sources."""
@@ -31,6 +34,56 @@ _VECTORS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_watched() -> bool:
+    """Whether something follows or transforms PyTorch's operations: it would not see what C++ does."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
+        or torch._C._functorch.peek_interpreter_stack()  # vmap, jvp
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether C++ can read x: float32 in main memory, nothing lazy, no subclass."""
+    ours = type(x) in _PLAIN and x.dtype == torch.float32 and x.device.type == "cpu"
+    return ours and x.layout == torch.strided and not x.is_neg()
+
+
+class Functions:
+    """The functions of one C++ source.
+
+    Args:
+        signatures: their arguments, as types of `ctypes`, by name; none returns anything.
+        source, headers: as for `load_library`.
+    """
+
+    def __init__(self, signatures: Mapping[str, Any], source: Path, *headers: Path) -> None:
+        self._signatures, self._files = signatures, (source, *headers)
+
+    def are_there(self) -> bool:
+        """Whether they can be called; the first question compiles them."""
+        return self._library is not None
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Call one; a tensor stands for its first number."""
+        values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+        getattr(self._library, name)(*values)
+
+    @functools.cached_property
+    def _library(self) -> ctypes.CDLL | None:
+        library = load_library(*self._files)
+        if library is not None:
+            for name, types in self._signatures.items():
+                getattr(library, name).argtypes = types
+                getattr(library, name).restype = None
+        return library
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.ops import one_token
+from holdfast.ops import fused, one_token
 from holdfast.ops.precision import compute_dtype
 
 
@@ -21,6 +21,8 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if one_token.serves(x):
         return one_token.norm(x, None, None, 1.0, eps)
+    if fused.serves(x):
+        return fused.scaled(x, None, None, 1.0, eps)
     y = x.to(compute_dtype(x))
     return (y * (y.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
@@ -42,6 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     _check(x, weight)
     if one_token.serves(x, weight):
         return one_token.norm(x, weight, None, x.shape[-1], eps)
+    if fused.serves(x, weight):
+        return fused.scaled(x, weight, None, x.shape[-1], eps)
     return _weighted_rms(x, weight, eps).to(x.dtype)
 
 
@@ -67,6 +71,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -
     _check(x, weight)
     if one_token.serves(x, gate, weight):
         return one_token.norm(x, weight, gate, x.shape[-1], eps)
+    if fused.serves(x, weight, gate):
+        return fused.scaled(x, weight, gate, x.shape[-1], eps)
     y = _weighted_rms(x, weight, eps)
     return (y * F.silu(gate.to(y.dtype))).to(x.dtype)
 

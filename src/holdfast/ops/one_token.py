@@ -8,25 +8,20 @@ gradients, and no `torch.compile`, which fuses such operations itself.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from holdfast.ops.native import VECTORS, load_library
-from holdfast.ops.threads import openmp
+from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
+from holdfast.ops.threads import TEAM, team_for
 
 __all__ = ["convolve", "delta", "linear", "norm", "rotate", "score", "serves", "step"]
 
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
 _LARGEST = 1 << 16
-# Numbers to be read from which on a second thread saves more than the microseconds that it takes to wake it.
-_THREADED = 1 << 16
-_PLAIN = (Tensor, nn.Parameter)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -38,6 +33,8 @@ _SIGNATURES = {
     "holdfast_score": [_P] * 7 + [_I] * 8 + [_F, _P],
     "holdfast_step": [_P] * 11 + [_I] * 7 + [_F, _I, _P, _I],
 }
+_functions = Functions(_SIGNATURES, _SOURCE, TEAM, VECTORS)
+_call = _functions.call
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -45,30 +42,17 @@ def serves(*tensors: Tensor | None) -> bool:
 
     The first tensor is the one whose size says how much there is to do.
     """
-    if _is_watched() or (tensors[0] is not None and tensors[0].numel() > _LARGEST):
+    if is_watched() or (tensors[0] is not None and tensors[0].numel() > _LARGEST):
         return False
     gradient = torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.device.type != "cpu":
-            return False
-        if x.layout != torch.strided or x.is_neg() or not x.is_contiguous():
+        if not is_plain(x) or not x.is_contiguous():
             return False
         if gradient and x.requires_grad:
             return False
-    return _library() is not None
-
-
-def _is_watched() -> bool:
-    """Whether something follows or transforms PyTorch's operations: it would not see these."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
-        or torch._C._functorch.peek_interpreter_stack()  # vmap, jvp
-    )
+    return _functions.are_there()
 
 
 def norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
@@ -101,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of a single row x [..., in] with weight [out, in]."""
     rows, size = weight.shape
     out = x.new_empty(*x.shape[:-1], rows)
-    _call("holdfast_linear", x, weight, bias, out, rows, size, *_team(weight.numel(), rows))
+    _call("holdfast_linear", x, weight, bias, out, rows, size, *team_for(weight.numel(), rows))
     return out
 
 
@@ -158,28 +142,7 @@ def step(
 
     rows = batch * kv_heads
     sizes = (kv_heads, groups, budget, slots - budget, dim, sinks, delay)
-    team = _team(2 * keys.numel(), rows)
+    team = team_for(2 * keys.numel(), rows)
     _call("holdfast_step", q, key, value, score, real, *state, out, *sizes, scale, rows, *team)
     seen.add_(1 if real is None else real)
     return out
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = load_library(_SOURCE, VECTORS)
-    if library is not None:
-        for name, types in _SIGNATURES.items():
-            getattr(library, name).argtypes = types
-            getattr(library, name).restype = None
-    return library
-
-
-def _team(numbers: int, parts: int) -> tuple[int | None, int]:
-    """The threads, and how many of them are to share work on as many numbers, which has so many parts."""
-    team = openmp() if numbers >= _THREADED else None
-    return (None, 1) if team is None else (team.address, min(parts, torch.get_num_threads()))
-
-
-def _call(name: str, *arguments: object) -> None:
-    values = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-    getattr(_library(), name)(*values)

@@ -10,11 +10,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
-__all__ = ["in_threads", "openmp"]
+__all__ = ["TEAM", "in_threads", "openmp", "team_for"]
 
+TEAM = Path(__file__).with_name("team.h")
+"""The same threads for C++ that divides its work itself."""
+
+# Numbers to be read from which on a second thread saves more than the microseconds that it takes to wake it.
+_THREADED = 1 << 16
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
@@ -55,6 +61,13 @@ def in_threads(run: Callable[[int, int], object], count: int, workers: int) -> N
         raise KeyboardInterrupt("a signal interrupted the work of several threads")
 
 
+def team_for(numbers: int, parts: int) -> tuple[int | None, int]:
+    """The address of the threads (struct Team in team.h), and how many of them are to share work on as many numbers,
+    which has so many parts."""
+    team = openmp() if numbers >= _THREADED else None
+    return (None, 1) if team is None else (team.address, min(parts, torch.get_num_threads()))
+
+
 def openmp() -> "_Team | None":
     """The OpenMP that PyTorch has loaded, with GOMP_parallel, omp_get_thread_num and omp_get_num_threads.
 
@@ -65,7 +78,7 @@ def openmp() -> "_Team | None":
 
 
 class _Functions(ctypes.Structure):
-    """Addresses of the three functions, for C++ that calls them itself (struct Team in one_token.cpp)."""
+    """Addresses of the three functions, for C++ that calls them itself (struct Team in team.h)."""
 
     _fields_ = (("run", ctypes.c_void_p), ("thread", ctypes.c_void_p), ("size", ctypes.c_void_p))
 

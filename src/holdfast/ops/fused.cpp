@@ -1,0 +1,130 @@
+// Element by element what PyTorch does in several passes over memory, in fp32, forward and backward. All tensors are
+// contiguous; shapes as in fused.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "team.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+
+// 1 / (1 + e^-x). Beyond the range of exp2 it is 0 to 38 digits.
+inline Vec sigmoid(Vec x) {
+  const Vec power = x * -kLog2E;
+  return 1.0f / (1.0f + exp2(power < 126.0f ? power : all(126.0f)));
+}
+
+// The derivative of SiLU at x, with s = sigmoid(x).
+inline Vec slope(Vec x, Vec s) { return s * (1.0f + x * (1.0f - s)); }
+
+// body(load, store, c) for c = 0, kLanes, ... < count. What does not fill a vector goes through memory that does.
+template <class Body>
+inline void each(int64_t count, const Body& body) {
+  const auto whole = [](const float* x) { return load(x); };
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) body(whole, [](float* x, Vec y) { store(x, y); }, c);
+  if (const int64_t rest = count - c) {
+    const auto part = [rest](const float* x) {
+      float lanes[kLanes] = {};
+      std::copy_n(x, rest, lanes);
+      return load(lanes);
+    };
+    const auto keep = [rest](float* x, Vec y) {
+      float lanes[kLanes];
+      store(lanes, y);
+      std::copy_n(lanes, rest, x);
+    };
+    body(part, keep, c);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = SiLU(gate) * up, [count] each.
+void holdfast_swiglu(const float* gate, const float* up, float* out, int64_t count, const Team* team,
+                     int64_t workers) {
+  divide(team, workers, count, [=](int64_t first, int64_t end) {
+    each(end - first, [=](auto read, auto write, int64_t c) {
+      const Vec x = read(gate + first + c);
+      write(out + first + c, x * sigmoid(x) * read(up + first + c));
+    });
+  });
+}
+
+void holdfast_swiglu_backward(const float* gate, const float* up, const float* grad, float* d_gate, float* d_up,
+                              int64_t count, const Team* team, int64_t workers) {
+  divide(team, workers, count, [=](int64_t first, int64_t end) {
+    each(end - first, [=](auto read, auto write, int64_t c) {
+      const Vec x = read(gate + first + c), s = sigmoid(x), dy = read(grad + first + c);
+      write(d_gate + first + c, dy * read(up + first + c) * slope(x, s));
+      write(d_up + first + c, dy * x * s);
+    });
+  });
+}
+
+// out = x * scale * weight * SiLU(gate), where scale = (sum of squares / divisor + eps)^-1/2 of each row of x [rows,
+// width]; weight [width] and gate [rows, width] may be missing. scales [rows] are kept for the backward pass.
+void holdfast_scaled(const float* x, const float* weight, const float* gate, float* out, float* scales, int64_t rows,
+                     int64_t width, float divisor, float eps, const Team* team, int64_t workers) {
+  divide(team, workers, rows, [=](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      const float *from = x + row * width, *gates = gate + row * width;
+      Vec squares{};
+      each(width, [&](auto read, auto, int64_t c) {
+        const Vec value = read(from + c);
+        squares += value * value;
+      });
+      const float scale = scales[row] = 1 / std::sqrt(sum(squares) / divisor + eps);
+      each(width, [=](auto read, auto write, int64_t c) {
+        Vec y = read(from + c) * scale;
+        if (weight) y *= read(weight + c);
+        if (gate) {
+          const Vec g = read(gates + c);
+          y *= g * sigmoid(g);
+        }
+        write(out + row * width + c, y);
+      });
+    }
+  });
+}
+
+// d_weights [workers, width] begin as zeros; their sum over the workers is the gradient of weight.
+void holdfast_scaled_backward(const float* x, const float* weight, const float* gate, const float* scales,
+                              const float* grad, float* dx, float* d_weights, float* d_gate, int64_t rows,
+                              int64_t width, float divisor, const Team* team, int64_t workers) {
+  divide(team, workers, rows, [=](int64_t first, int64_t end) {
+    float* d_weight = d_weights + (workers > 1 ? team->thread() : 0) * width;
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t at = row * width;
+      const float scale = scales[row];
+      Vec inner{};  // of x and the gradient of x * scale, which dx holds until it is known
+      each(width, [&](auto read, auto write, int64_t c) {
+        const Vec value = read(x + at + c);
+        Vec dy = read(grad + at + c);
+        if (gate) {
+          const Vec g = read(gate + at + c), s = sigmoid(g);
+          const Vec ungated = value * scale * (weight ? read(weight + c) : all(1.0f));
+          write(d_gate + at + c, dy * ungated * slope(g, s));
+          dy *= g * s;
+        }
+        if (weight) {
+          write(d_weight + c, read(d_weight + c) + dy * value * scale);
+          dy *= read(weight + c);
+        }
+        inner += dy * value;
+        write(dx + at + c, dy);
+      });
+      const float along = sum(inner) * scale * scale * scale / divisor;
+      each(width, [=](auto read, auto write, int64_t c) {
+        write(dx + at + c, read(dx + at + c) * scale - read(x + at + c) * along);
+      });
+    }
+  });
+}
+}

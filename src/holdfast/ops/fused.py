@@ -1,0 +1,114 @@
+"""Norms and SwiGLU of many rows in C++ (fused.cpp), forward and backward: one pass over memory in place of five.
+
+PyTorch's own operations are the reference, and what runs elsewhere: with other dtypes and devices, and under
+`torch.compile`, which fuses them itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
+from holdfast.ops.threads import TEAM, openmp, team_for
+
+__all__ = ["scaled", "serves", "swiglu"]
+
+_SOURCE = Path(__file__).with_name("fused.cpp")
+# Numbers below which PyTorch's few calls cost less than this Python.
+_SMALLEST = 1 << 12
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "holdfast_swiglu": [_P] * 3 + [_I, _P, _I],
+    "holdfast_swiglu_backward": [_P] * 5 + [_I, _P, _I],
+    "holdfast_scaled": [_P] * 5 + [_I] * 2 + [_F] * 2 + [_P, _I],
+    "holdfast_scaled_backward": [_P] * 8 + [_I] * 2 + [_F, _P, _I],
+}
+_functions = Functions(_SIGNATURES, _SOURCE, TEAM, VECTORS)
+_call = _functions.call
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether these functions can compute with tensors like these; the first call that could compiles them.
+
+    The first tensor is the one whose size says how much there is to do.
+    """
+    if is_watched() or tensors[0].numel() < _SMALLEST or (openmp() is None and torch.get_num_threads() > 1):
+        return False
+    return all(is_plain(x) for x in tensors) and _functions.are_there()
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) · up, of one shape."""
+    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+
+
+def scaled(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
+    """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
+    x, weight, gate = (None if y is None else y.contiguous() for y in (x, weight, gate))
+    return _Scaled.apply(x, weight, gate, divisor, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        count = gate.numel()
+        _call("holdfast_swiglu", gate, up, out, count, *team_for(count, count))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiably(F.silu(gate) * up, (gate, up), grad)
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        count = gate.numel()
+        team = team_for(count, count)
+        _call("holdfast_swiglu_backward", gate, up, grad.contiguous(), d_gate, d_up, count, *team)
+        return d_gate, d_up
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
+        width = x.shape[-1]
+        rows = x.numel() // width
+        out, scales = torch.empty_like(x), x.new_empty(rows)
+        team = team_for(x.numel(), rows)
+        _call("holdfast_scaled", x, weight, gate, out, scales, rows, width, divisor, eps, *team)
+        ctx.save_for_backward(x, weight, gate, scales)
+        ctx.settings = divisor, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate, scales = ctx.saved_tensors
+        divisor, eps = ctx.settings
+        if torch.is_grad_enabled():
+            out = x * (x.square().sum(-1, keepdim=True) / divisor + eps).rsqrt()
+            out = out if weight is None else out * weight
+            out = out if gate is None else out * F.silu(gate)
+            return *_differentiably(out, (x, weight, gate), grad), None, None
+        width = x.shape[-1]
+        rows = x.numel() // width
+        team, workers = team_for(x.numel(), rows)
+        dx, d_gate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
+        d_weights = None if weight is None else weight.new_zeros(workers, width)
+        given = (x, weight, gate, scales, grad.contiguous())
+        _call("holdfast_scaled_backward", *given, dx, d_weights, d_gate, rows, width, divisor, team, workers)
+        return dx, None if d_weights is None else d_weights.sum(0), d_gate, None, None
+
+
+def _differentiably(out: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `inputs` through PyTorch's operations: with `create_graph`, they are to be derived once more."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

@@ -1,0 +1,126 @@
+"""Norms and SwiGLU of many rows in C++: PyTorch's numbers and gradients, in any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from holdfast.ops import fused, threads
+from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
+from holdfast.ops.swiglu import swiglu
+
+pytestmark = [
+    pytest.mark.skipif(not fused.serves(torch.ones(1 << 12)), reason="there is no C++ compiler, or no OpenMP"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+# Of x, of a gate like it, and of a weight for its last dimension.
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "l2_norm": lambda x, gate, weight: l2_norm(x),
+    "rms_norm": lambda x, gate, weight: rms_norm(x, weight),
+    "gated_rms_norm": lambda x, gate, weight: gated_rms_norm(x, gate, weight),
+    "swiglu": lambda x, gate, weight: swiglu(gate, x),
+}
+
+
+def inputs(*shape: int, scale: float = 2.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    shapes = (shape, shape, shape[-1:], shape)
+    return [scale * torch.randn(size, generator=generator) for size in shapes]
+
+
+def results(function: Callable[..., Tensor], given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The output, and the gradients of those inputs that it depends on."""
+    *leaves, grad = (x.detach().to(dtype) for x in given)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = function(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(3, 700, 67), (2, 9, 1000), (4, 5, 40, 64), (4100, 1), (1, 4097)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_and_gradients(name: str, shape: tuple[int, ...], workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    call = fused._call
+    monkeypatch.setattr(fused, "_call", lambda *given: (called.append(given[0]), call(*given)))
+    monkeypatch.setattr(threads, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+    given = inputs(*shape)
+    ours = results(FUNCTIONS[name], given, torch.float32)
+    assert len(called) == 2
+    theirs = results(FUNCTIONS[name], given, torch.float64)
+    assert len(called) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        error = (one - other).abs().max() / other.abs().max().clamp(min=1e-3)
+        assert error < 3e-6
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_layouts_and_frozen_inputs(name: str) -> None:
+    x, gate, weight, grad = inputs(70, 96)
+    expected = results(FUNCTIONS[name], [x, gate, weight, grad], torch.float32)
+    turned = [y.T.contiguous().T for y in (x, gate)]
+    actual = results(FUNCTIONS[name], [*turned, weight, grad.T.contiguous().T], torch.float32)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+    gate_only = gate.clone().requires_grad_()
+    out = FUNCTIONS[name](x, gate_only, weight)
+    assert out.requires_grad == (name in ("gated_rms_norm", "swiglu"))
+    with torch.inference_mode():
+        torch.testing.assert_close(FUNCTIONS[name](x, gate, weight), expected[0])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_extreme_and_broken_numbers(name: str) -> None:
+    x, gate, weight, _ = inputs(64, 64)
+    gate[0, :6] = torch.tensor([0.0, -88.0, 200.0, -200.0, 1e30, -1e30])
+    x[3] = 0
+    expected = FUNCTIONS[name](x.double(), gate.double(), weight.double()).float()
+    torch.testing.assert_close(FUNCTIONS[name](x, gate, weight), expected, rtol=1e-5, atol=1e-6)
+    for value in (torch.nan, torch.inf):
+        x[5, 5] = value
+        assert FUNCTIONS[name](x, gate, weight)[5, 5].isnan() == (name != "swiglu" or value != value)
+
+
+def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(64, 64)
+    assert fused.serves(x, torch.nn.Parameter(x))
+    assert not fused.serves(x[:60])
+    assert not fused.serves(x.double())
+    assert not fused.serves(x.bfloat16())
+    assert not fused.serves(x, x.half())
+    assert not fused.serves(x.to("meta"))
+    assert not fused.serves(torch._neg_view(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(swiglu(x, x), FakeTensor)
+    (tangent,) = torch.func.jvp(l2_norm, (x,), (x,))[1:]
+    torch.testing.assert_close(tangent, torch.zeros_like(x), atol=1e-6, rtol=0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(fused, "openmp", lambda: None)
+    assert not fused.serves(x)  # PyTorch has several threads for it, and this has one
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives(name: str) -> None:
+    def penalty(dtype: torch.dtype) -> list[Tensor]:
+        """Gradients of the length of a gradient."""
+        leaves = [x.to(dtype).requires_grad_() for x in inputs(64, 65, scale=0.5)[:3]]
+        out = FUNCTIONS[name](*leaves)
+        slopes = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True, allow_unused=True)
+        sum(slope.square().sum() for slope in slopes if slope is not None).backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    for one, other in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+def test_swiglu_of_other_shapes_is_pytorchs() -> None:
+    gate, up = torch.randn(64, 64), torch.randn(64)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
