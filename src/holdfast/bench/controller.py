@@ -27,14 +27,17 @@ _PLACES = ("output", "plot")  # settings that say where results go, and nothing 
 
 
 class SimulatedHeads(nn.Module):
-    """Heads whose scorers drift towards what λ leaves them, [N, n] of them: N time constants, n heads each.
+    """Heads that answer to λ in two ways, [N, n] of them: N time constants or paces, n heads each.
 
-    With y the log-odds of a pair to be kept, y ← y + (y*(λ) − y)/τ and y* = −log(λ/λ₀): at λ = λ₀ a head comes to keep
-    half of its pairs. log λ₀, how much a head values its pairs, goes on a random walk as the model learns, and what is
-    counted in a step varies with the batch.
+    Let y be the log-odds of a pair to be kept. A head with a time constant goes to where λ leaves it:
+    y ← y + (y* − y)/τ, y* = −log(λ/λ₀), so at λ = λ₀ it comes to keep half of its pairs. A head with a pace is moved as
+    Adam moves a scorer, as fast whatever the size of a gradient: y ← y + pace · m, where m is the running mean over ten
+    steps of (w − λ)/(w + |λ|) and w = λ₀·e^(−y/2) what a pair is worth, more where fewer are kept. log λ₀ goes on a
+    random walk as the model learns, and what is counted in a step varies with the batch.
 
     Args:
         time_constants: τ in steps, one per row.
+        paces: of the rows after these, in log-odds per step.
         heads: per row.
         positions: pairs that a head could keep.
         valued: λ₀ at the start.
@@ -49,6 +52,7 @@ class SimulatedHeads(nn.Module):
     def __init__(
         self,
         time_constants: tuple[float, ...],
+        paces: tuple[float, ...],
         heads: int,
         *,
         positions: int,
@@ -58,11 +62,13 @@ class SimulatedHeads(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        shape = (len(time_constants), heads)
+        shape = (len(time_constants) + len(paces), heads)
         self.register_buffer("l1_lambda", torch.zeros(shape))
         self.register_buffer("num_kept", torch.zeros(shape))
         self.positions, self.noise, self.step_of_walk = positions, noise, walk / math.sqrt(1000)
         self._rate = 1 / torch.tensor(time_constants)[:, None]
+        self._pace = torch.tensor(paces)[:, None]
+        self._speed = torch.zeros(len(paces), heads)
         self._log_odds = torch.full(shape, 6.0)  # training starts by keeping everything
         self._log_valued = torch.full(shape, math.log(valued))
         self._generator = torch.Generator().manual_seed(seed)
@@ -71,8 +77,14 @@ class SimulatedHeads(nn.Module):
         """One step of training: pairs kept on average, and as counted in this batch; [N, n] each."""
         walk, luck = torch.randn(2, *self._log_odds.shape, generator=self._generator)
         self._log_valued += self.step_of_walk * walk
-        wanted = (self._log_valued - self.l1_lambda.clamp(min=1e-12).log()).clamp(max=6.0)
-        self._log_odds += self._rate * (wanted - self._log_odds)
+        drawn = slice(len(self._rate))
+        wanted = (self._log_valued[drawn] - self.l1_lambda[drawn].clamp(min=1e-12).log()).clamp(max=6.0)
+        self._log_odds[drawn] += self._rate * (wanted - self._log_odds[drawn])
+        driven = slice(len(self._rate), None)
+        worth, penalty = (self._log_valued[driven] - self._log_odds[driven] / 2).exp(), self.l1_lambda[driven]
+        self._speed += ((worth - penalty) / (worth + penalty.abs()) - self._speed) / 10
+        self._log_odds[driven] += self._pace * self._speed
+        self._log_odds.clamp_(-6.0, 6.0)
         kept = self.positions * torch.sigmoid(self._log_odds)
         return kept, (kept * (1 + self.noise * luck)).clamp(0, self.positions)
 
@@ -82,8 +94,9 @@ class ControllerCase:
     """What one setting of the rule did to heads of one time constant; medians over the heads.
 
     Attributes:
-        interval, tolerance, factors, proportional: of the rule; the factors are α and the divisor.
-        time_constant: τ of the heads, in steps.
+        interval, tolerance, factors, proportional, damping: of the rule; the factors are α and the divisor.
+        time_constant: τ of the heads, in steps, or None.
+        pace: theirs, in log-odds per step, or None.
         reached: the first step at which a head keeps within a tenth of the budget; None: never.
         within: share of the steps of the last half in which it does.
         error: median distance from the budget in the last half, as a share of it.
@@ -94,7 +107,9 @@ class ControllerCase:
     tolerance: tuple[float, float]
     factors: tuple[float, float]
     proportional: bool
-    time_constant: float
+    damping: float
+    time_constant: float | None
+    pace: float | None
     reached: int | None
     within: float
     error: float
@@ -108,20 +123,23 @@ def study_controller(settings: ControllerStudySettings, *, progress: bool = True
         `settings`, `machine` and `cases`, ready for JSON.
     """
     cases: list[ControllerCase] = []
-    grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors, settings.proportional))
-    for interval, tolerance, factors, proportional in track(grid, "simulating", progress=progress):
+    grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors, settings.dampings))
+    rows = [(constant, None) for constant in settings.time_constants] + [(None, pace) for pace in settings.paces]
+    for interval, tolerance, factors, damping in track(grid, "simulating", progress=progress):
         rule = ControllerConfig(
             settings.budget,
             increase=factors[0],
             decrease=factors[1],
             interval=interval,
             tolerance=tolerance,
-            proportional=proportional,
+            proportional=damping is not None,
+            damping=damping or 0.0,
         )
         kept = _simulate(settings, rule)
-        for row, time_constant in enumerate(settings.time_constants):
+        for row, (constant, pace) in enumerate(rows):
             measured = _measure(kept[:, row] / settings.budget)
-            cases.append(ControllerCase(interval, tolerance, factors, proportional, time_constant, *measured))
+            rule_of_case = (interval, tolerance, factors, rule.proportional, rule.damping)
+            cases.append(ControllerCase(*rule_of_case, constant, pace, *measured))
     return {
         "benchmark": "controller",
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name not in _PLACES},
@@ -134,6 +152,7 @@ def _simulate(settings: ControllerStudySettings, config: ControllerConfig) -> Te
     """Pairs kept at every step, [steps, N, n]."""
     heads = SimulatedHeads(
         settings.time_constants,
+        settings.paces,
         settings.heads,
         positions=settings.positions,
         valued=settings.valued,
@@ -142,7 +161,7 @@ def _simulate(settings: ControllerStudySettings, config: ControllerConfig) -> Te
         seed=settings.seed,
     )
     controller = BudgetController(heads, config=config)
-    course = torch.empty(settings.steps, len(settings.time_constants), settings.heads)
+    course = torch.empty(settings.steps, *heads.l1_lambda.shape)
     for step in range(settings.steps):
         course[step], counted = heads.step()
         controller.step(counted)
@@ -168,27 +187,31 @@ def plot_controller_study(study: dict[str, Any], path: str | os.PathLike[str]) -
         study: from `study_controller`, or its JSON.
         path: file to write; its ending gives the format (png, svg, pdf).
     """
-    constants, tolerances, factors, kinds = (
-        list(dict.fromkeys(map(_hashable, (case[name] for case in study["cases"]))))
-        for name in ("time_constant", "tolerance", "factors", "proportional")
+    answers, tolerances, factors, kinds = (
+        list(dict.fromkeys(tuple(map(_hashable, (case[name] for name in names))) for case in study["cases"]))
+        for names in (("time_constant", "pace"), ("tolerance",), ("factors",), ("proportional", "damping"))
     )
-    with picture(path, (3.4 * len(constants), 5.4)) as figure:
-        panels = figure.subplots(2, len(constants), sharex=True, sharey="row", squeeze=False)
-        lines = list(itertools.product(enumerate(tolerances), enumerate(factors), kinds))
-        for (at, constant), ((colour, tolerance), (style, factor), kind) in itertools.product(
-            enumerate(constants), lines
+    with picture(path, (2.9 * len(answers), 5.6)) as figure:
+        panels = figure.subplots(2, len(answers), sharex=True, sharey="row", squeeze=False)
+        lines = list(itertools.product(enumerate(tolerances), enumerate(factors), enumerate(kinds)))
+        for (at, answer), ((colour, (tolerance,)), (style, (factor,)), (marker, kind)) in itertools.product(
+            enumerate(answers), lines
         ):
-            wanted = {"time_constant": constant, "tolerance": tolerance, "factors": factor, "proportional": kind}
+            wanted = {"tolerance": tolerance, "factors": factor, "proportional": kind[0], "damping": kind[1]}
+            wanted |= {"time_constant": answer[0], "pace": answer[1]}
             found = [case for case in study["cases"] if all(_hashable(case[key]) == wanted[key] for key in wanted)]
             intervals = [case["interval"] for case in found]
             look: dict[str, Any] = {"color": f"C{colour}", "linestyle": ("-", "--", ":")[style % 3]}
-            look["marker"] = "s" if kind else "."
+            look["marker"] = ".s^v"[marker % 4]
             look["label"] = f"{tolerance[0]:g} to {tolerance[1]:g}, × {factor[0]:g} or ÷ {factor[1]:g}"
-            look["label"] += ", proportional" * kind
+            look["label"] += ", proportional" * kind[0] + f", damped by {kind[1]:g}" * bool(kind[1])
             reached = [math.nan if case["reached"] is None else case["reached"] for case in found]
             panels[0][at].plot(intervals, reached, **look)
             panels[1][at].plot(intervals, [100 * case["error"] for case in found], **look)
-            panels[0][at].set_title(f"heads follow in τ = {constant:g} steps", fontsize="small", loc="left")
+            title = (
+                f"heads follow in τ = {answer[0]:g} steps" if answer[0] else f"heads drift at a pace of {answer[1]:g}"
+            )
+            panels[0][at].set_title(title, fontsize="small", loc="left")
             panels[1][at].set_xscale("log", base=2)
             panels[1][at].set_xticks(intervals, [str(interval) for interval in intervals])
             panels[1][at].set_xlabel("update interval u (steps)")

@@ -273,16 +273,18 @@ class ControllerStudySettings:
 
     intervals: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Steps between updates of λ."""
-    tolerances: tuple[tuple[float, float], ...] = ((1.0, 1.0), (0.95, 1.0), (0.8, 1.2))
+    tolerances: tuple[tuple[float, float], ...] = ((0.95, 1.0), (0.8, 1.2))
     """(lo, hi), as shares of the budget."""
-    factors: tuple[tuple[float, float], ...] = ((1.5, 2.0), (1.1, 1.1))
+    factors: tuple[tuple[float, float], ...] = ((1.5, 2.0), (1.3, 1.3))
     """By which λ is multiplied, and divided."""
-    proportional: tuple[bool, ...] = (False, True)
-    """Whole factors always, or the smaller ones, the nearer a head is to its budget (`controller.proportional`)."""
+    dampings: tuple[float | None, ...] = (None, 0.0, 6.0)
+    """None: whole factors always. Else in proportion to the distance from the budget, damped so much."""
     time_constants: tuple[float, ...] = (20.0, 100.0, 500.0)
     """Steps in which a head comes to what λ leaves it, but for a third."""
+    paces: tuple[float, ...] = (0.03, 0.1)
+    """Of heads that move as fast whatever the size of λ, as Adam moves a scorer: log-odds per step."""
     heads: int = 16
-    """Simulated for each time constant; their medians are shown."""
+    """Simulated for each time constant and pace; their medians are shown."""
     steps: int = 8000
     budget: int = 64
     positions: int = 506
@@ -302,8 +304,14 @@ class ControllerStudySettings:
     def __post_init__(self) -> None:
         require_at_least(1, intervals=self.intervals, heads=self.heads, steps=self.steps, budget=self.budget)
         require_at_least(self.budget, positions=self.positions)
-        if not self.tolerances or not self.factors or not self.time_constants or min(self.time_constants) < 1:
-            raise ValueError("give a tolerance, a pair of factors, and time constants of 1 step or more.")
+        if not (self.tolerances and self.factors and self.dampings):
+            raise ValueError("give a tolerance, a pair of factors, and a damping (None: whole factors).")
+        if (
+            not (*self.time_constants, *self.paces)
+            or min((1.0, *self.time_constants)) < 1
+            or min((1.0, *self.paces)) <= 0
+        ):
+            raise ValueError("give time constants of 1 step or more, or paces above 0.")
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:

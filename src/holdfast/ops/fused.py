@@ -51,8 +51,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def scaled(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
     """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
-    x, weight, gate = (None if y is None else y.contiguous() for y in (x, weight, gate))
-    return _Scaled.apply(x, weight, gate, divisor, eps)
+    weight, gate = (None if y is None else y.contiguous() for y in (weight, gate))
+    return _Scaled.apply(x.contiguous(), weight, gate, divisor, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
