@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,7 +28,8 @@ def source(name: str) -> str:
 
 
 def machine(name: str) -> str:
-    where = read(name)["environment"]
+    data = read(name)
+    where = data["environment"] if "environment" in data else data["machine"]
     return f"{where['processor']}, {where['cores']} cores, torch {where['packages']['torch']}, commit {where['commit'][:7]}"
 
 
@@ -139,6 +140,77 @@ def variants() -> str:
     ]
     shown = table(["slots per head", *budgets], rows)
     return f"{shown}\n\n{machine('scorer-variants')}. Data: {source('scorer-variants')}."
+
+
+def needle_books() -> str:
+    """RULER's needles by length, for the models of the laptop recipes; or that it is not measured."""
+    if not (RESULTS / "needle-books.json").is_file():
+        return "Needles in haystacks: **not measured yet**."
+    found = read("needle-books")
+    places = [(task, length) for task in found["settings"]["tasks"] for length in found["settings"]["lengths"]]
+    rows = []
+    for name, model in found["models"].items():
+        cells = {(cell["task"], cell["length"]): cell["match_all"] for cell in model["cells"]}
+        rows.append([TITLES[name.replace("laptop", "needle")], *(percent(cells[at]["accuracy"]) for at in places)])
+    count = next(iter(found["models"].values()))["cells"][0]["match_all"]["count"]
+    shown = table(["needles found", *(f"{task.removeprefix('niah_')}, {length:,}" for task, length in places)], rows)
+    return f"""RULER's needles (`holdfast evaluate needle`; noise and essays, {count} samples each): models that have read 3 M tokens find
+none, within their window or beyond it, so this says nothing about mixers.
+
+{shown}
+
+{machine("needle-books")}. Data: {source("needle-books")}."""
+
+
+def efficiency() -> str:
+    """What a context costs the mixtures, untrained; or that it is not measured."""
+    if not (RESULTS / "efficiency-cpu.json").is_file():
+        return "**Not measured yet**: `holdfast evaluate efficiency` does."
+    found = read("efficiency-cpu")
+    contexts, models = found["settings"]["contexts"], found["models"]
+
+    def by_context(title: str, shown: Callable[[Any], str]) -> str:
+        rows = []
+        for name, model in models.items():
+            costs = {cost["context"]: cost for cost in model["costs"]}
+            rows.append([name, *(shown(costs[at]) if at in costs else "–" for at in contexts)])
+        return table([title, *(f"{context:,}" for context in contexts)], rows)
+
+    def latency(cost: Any) -> str:
+        p50, p99 = (1e3 * cost["latency_seconds"][part] for part in ("p50", "p99"))
+        return f"{p50:,.0f} ({p99:,.0f})"
+
+    def memory(cost: Any) -> str:
+        peak = "not measured" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:,.0f}"
+        return f"{cost['cache_bytes'] / 2**20:,.1f} / {peak}"
+
+    def held(cost: Any) -> str:
+        return "none" if cost["held"] is None else f"{cost['held']['mean']:,.0f}"
+
+    def share(cost: Any) -> str:
+        return "–" if cost["scorer"] is None else f"{cost['scorer']['prefill']:.0%} / {cost['scorer']['decode']:.0%}"
+
+    sizes = [f"{name} {model['total_parameters'] / 1e6:.1f} M" for name, model in models.items()]
+    longest = found["settings"]["longest"]
+    dash = (
+        f" A dash: reading would take more than {longest:g} s."
+        if any(m["not_measured"] for m in models.values())
+        else ""
+    )
+    parts = [
+        by_context("tokens/s read, context", lambda cost: f"{cost['prefill_tokens_per_second']:,.0f}"),
+        by_context("ms per generated token, p50 (p99)", latency),
+        by_context("MiB of cache / peak beyond the weights", memory),
+        by_context("pairs that a head can read", held),
+        by_context("scorers' share of the time, reading / generating", share),
+    ]
+    return f"""Untrained models of equal size ({", ".join(sizes)}), batch {found["settings"]["batch_sizes"][0]}, fp32, {found["machine"]["threads"]} threads; models take turns.{dash}
+
+![Costs by context](images/efficiency.png)
+
+{(chr(10) * 2).join(parts)}
+
+{machine("efficiency-cpu")}. Data: {source("efficiency-cpu")}."""
 
 
 COUNTS = (("kept", "mean"), ("kept", "lowest"), ("stored", "mean"))
@@ -257,7 +329,14 @@ it, which its mean hides.
 
 {machine("books")}. Data: {source("books")}.
 
-{books()}"""
+{needle_books()}
+
+{books().rstrip()}
+
+## What a context costs
+
+{efficiency()}
+"""
 
 
 if __name__ == "__main__":
