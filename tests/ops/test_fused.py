@@ -1,4 +1,4 @@
-"""Norms and SwiGLU of many rows in C++: PyTorch's numbers and gradients, in any number of threads."""
+"""Norms, SwiGLU and convolutions of many rows in C++: PyTorch's numbers and gradients, in any number of threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from holdfast.ops import fused, threads
 from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
+from holdfast.ops.short_convolution import short_convolution
 from holdfast.ops.swiglu import swiglu
 
 pytestmark = [
@@ -116,6 +117,61 @@ def test_second_derivatives(name: str) -> None:
         slopes = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True, allow_unused=True)
         sum(slope.square().sum() for slope in slopes if slope is not None).backward()
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    for one, other in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "width"), [(2, 65, 67, 4), (3, 2, 1000, 4), (1, 4100, 1, 2), (5, 40, 64, 3)]
+)
+@pytest.mark.parametrize("continued", [False, True])
+def test_convolution(
+    batch: int, tokens: int, channels: int, width: int, workers: int, continued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    call = fused._call
+    monkeypatch.setattr(fused, "_call", lambda *given: (called.append(given[0]), call(*given)))
+    monkeypatch.setattr(threads, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+    torch.manual_seed(tokens)
+    x, grad = torch.randn(2, batch, tokens, channels)
+    weight, state = torch.randn(channels, 1, width), torch.randn(batch, channels, width - 1)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [y.to(dtype).requires_grad_() for y in (x, weight)]
+        out, latest = short_convolution(*leaves, state.to(dtype) if continued else None)
+        # Through what is handed on, too.
+        gradients = torch.autograd.grad((out * grad.to(dtype)).sum() + latest.sin().sum(), leaves)
+        return [out.detach(), latest.detach(), *gradients]
+
+    ours = run(torch.float32)
+    assert called == ["holdfast_convolution", "holdfast_convolution_backward"]
+    for one, other in zip(ours, run(torch.float64), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 3e-6 * other.abs().max().clamp(min=1)
+    assert len(called) == 2
+
+
+def test_convolution_leaves_to_pytorch_what_it_does_not_know() -> None:
+    x, weight, state = torch.randn(1, 70, 64), torch.randn(64, 1, 4), torch.randn(1, 64, 3)
+    state.requires_grad_()
+    short_convolution(x, weight, state)[0].sum().backward()
+    assert state.grad is not None
+    assert state.grad.abs().min() > 0
+    plain, _ = short_convolution(x, weight, activation=False)
+    torch.testing.assert_close(short_convolution(x, weight)[0], torch.nn.functional.silu(plain), rtol=1e-5, atol=1e-5)
+    packed, _ = short_convolution(x, weight, cu_seqlens=torch.tensor([0, 30, 70]))
+    torch.testing.assert_close(packed[:, 30:], short_convolution(x[:, 30:], weight)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_of_the_convolution() -> None:
+    def penalty(dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, weight = torch.randn(2, 70, 64).to(dtype).requires_grad_(), torch.randn(64, 1, 4).to(dtype).requires_grad_()
+        slopes = torch.autograd.grad(short_convolution(x, weight)[0].sin().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(slope.square().sum() for slope in slopes), (x, weight))
 
     for one, other in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()

@@ -68,6 +68,58 @@ void holdfast_swiglu_backward(const float* gate, const float* up, const float* g
   });
 }
 
+// Row t of sums [batch, tokens, width] = sum over i < taps of weight[i] * row t - taps + 1 + i of x [batch, tokens, width],
+// where what lies before row 0 is past [batch, taps - 1, width]; out = SiLU(sums). weight [taps, width].
+void holdfast_convolution(const float* x, const float* past, const float* weight, float* sums, float* out,
+                          int64_t batch, int64_t tokens, int64_t width, int64_t taps, const Team* team,
+                          int64_t workers) {
+  divide(team, workers, batch * tokens, [=](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t b = row / tokens, t = row % tokens;
+      each(width, [=](auto read, auto write, int64_t c) {
+        Vec total{};
+        for (int64_t i = 0; i < taps; ++i) {
+          const int64_t at = t - taps + 1 + i;
+          const float* from = at < 0 ? past + (b * (taps - 1) + taps - 1 + at) * width : x + (b * tokens + at) * width;
+          total += read(weight + i * width + c) * read(from + c);
+        }
+        write(sums + row * width + c, total);
+        write(out + row * width + c, total * sigmoid(total));
+      });
+    }
+  });
+}
+
+// d_sums [batch, tokens, width] is room for the gradient of sums; d_weights [workers, taps, width] begin as zeros.
+void holdfast_convolution_backward(const float* x, const float* past, const float* weight, const float* sums,
+                                   const float* grad, float* d_sums, float* dx, float* d_weights, int64_t batch,
+                                   int64_t tokens, int64_t width, int64_t taps, const Team* team, int64_t workers) {
+  const int64_t count = batch * tokens * width;
+  divide(team, workers, count, [=](int64_t first, int64_t end) {
+    each(end - first, [=](auto read, auto write, int64_t c) {
+      const Vec z = read(sums + first + c);
+      write(d_sums + first + c, read(grad + first + c) * slope(z, sigmoid(z)));
+    });
+  });
+  divide(team, workers, batch * tokens, [=](int64_t first, int64_t end) {
+    float* d_weight = d_weights + (workers > 1 ? team->thread() : 0) * taps * width;
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t b = row / tokens, t = row % tokens;
+      each(width, [=](auto read, auto write, int64_t c) {
+        Vec total{};
+        const Vec own = read(d_sums + row * width + c);
+        for (int64_t i = 0; i < taps; ++i) {
+          const int64_t back = taps - 1 - i, at = t - back;
+          if (t + back < tokens) total += read(weight + i * width + c) * read(d_sums + (row + back) * width + c);
+          const float* from = at < 0 ? past + (b * (taps - 1) + taps - 1 + at) * width : x + (b * tokens + at) * width;
+          write(d_weight + i * width + c, read(d_weight + i * width + c) + own * read(from + c));
+        }
+        write(dx + row * width + c, total);
+      });
+    }
+  });
+}
+
 // out = x * scale * weight * SiLU(gate), where scale = (sum of squares / divisor + eps)^-1/2 of each row of x [rows,
 // width]; weight [width] and gate [rows, width] may be missing. scales [rows] are kept for the backward pass.
 void holdfast_scaled(const float* x, const float* weight, const float* gate, float* out, float* scales, int64_t rows,

@@ -1,4 +1,4 @@
-"""Norms and SwiGLU of many rows in C++ (fused.cpp), forward and backward: one pass over memory in place of five.
+"""Norms, SwiGLU and short convolutions of many rows in C++ (fused.cpp), forward and backward, in one pass over memory.
 
 PyTorch's own operations are the reference, and what runs elsewhere: with other dtypes and devices, and under
 `torch.compile`, which fuses them itself.
@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
 from holdfast.ops.threads import TEAM, openmp, team_for
 
-__all__ = ["scaled", "serves", "swiglu"]
+__all__ = ["convolution", "scaled", "serves", "swiglu"]
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
 # Numbers below which PyTorch's few calls cost less than this Python.
@@ -27,6 +27,8 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "holdfast_swiglu": [_P] * 3 + [_I, _P, _I],
     "holdfast_swiglu_backward": [_P] * 5 + [_I, _P, _I],
+    "holdfast_convolution": [_P] * 5 + [_I] * 4 + [_P, _I],
+    "holdfast_convolution_backward": [_P] * 8 + [_I] * 4 + [_P, _I],
     "holdfast_scaled": [_P] * 5 + [_I] * 2 + [_F] * 2 + [_P, _I],
     "holdfast_scaled_backward": [_P] * 8 + [_I] * 2 + [_F, _P, _I],
 }
@@ -53,6 +55,15 @@ def scaled(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float
     """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
     weight, gate = (None if y is None else y.contiguous() for y in (weight, gate))
     return _Scaled.apply(x.contiguous(), weight, gate, divisor, eps)
+
+
+def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of the causal depthwise convolution of x [B, T, C] behind past [B, W − 1, C], weight [C, 1, W].
+
+    No gradient reaches `past`.
+    """
+    taps = weight.squeeze(1).t().contiguous()
+    return _Convolution.apply(x.contiguous(), past.detach().contiguous(), taps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -105,6 +116,33 @@ class _Scaled(torch.autograd.Function):
         given = (x, weight, gate, scales, grad.contiguous())
         _call("holdfast_scaled_backward", *given, dx, d_weights, d_gate, rows, width, divisor, team, workers)
         return dx, None if d_weights is None else d_weights.sum(0), d_gate, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
+        sums, out = torch.empty_like(x), torch.empty_like(x)
+        sizes = (*x.shape, len(weight))
+        team = team_for(x.numel(), x.shape[0] * x.shape[1])
+        _call("holdfast_convolution", x, past, weight, sums, out, *sizes, *team)
+        ctx.save_for_backward(x, past, weight, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, past, weight, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            rows = torch.cat((past, x), dim=1)
+            total = sum(rows[:, i : i + x.shape[1]] * tap for i, tap in enumerate(weight))
+            dx, d_weight = _differentiably(F.silu(total), (x, weight), grad)
+            return dx, None, d_weight
+        d_sums, dx = torch.empty_like(x), torch.empty_like(x)
+        team, workers = team_for(x.numel(), x.shape[0] * x.shape[1])
+        d_weights = weight.new_zeros(workers, *weight.shape)
+        given = (x, past, weight, sums, grad.contiguous())
+        sizes = (*x.shape, len(weight))
+        _call("holdfast_convolution_backward", *given, d_sums, dx, d_weights, *sizes, team, workers)
+        return dx, None, d_weights.sum(0)
 
 
 def _differentiably(out: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:

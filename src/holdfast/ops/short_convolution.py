@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.ops import one_token
+from holdfast.ops import fused, one_token
 from holdfast.ops.precision import compute_dtype, without_autocast
 
 
@@ -42,6 +42,10 @@ def short_convolution(
     if T == 1 and state is not None and one_token.serves(x, weight, state):
         return one_token.convolve(x, weight, state, activation)
     past = x.new_zeros(B, weight.shape[-1] - 1, C) if state is None else state.transpose(1, 2).to(x.dtype)
+    if activation and cu_seqlens is None and not past.requires_grad and fused.serves(x, past, weight):
+        keep = past.shape[1]
+        latest = torch.cat((past, x[:, -keep:]), dim=1)[:, -keep:]
+        return fused.convolution(x, past, weight), latest.transpose(1, 2).contiguous()
     rows = torch.cat((past, x), dim=1)
     if T == 1:
         y = (rows.to(compute_dtype(x)) * weight[:, 0].t()).sum(1, keepdim=True)
