@@ -1,6 +1,7 @@
 """Freed memory stays with the process, unless its user has settings of their own."""
 
 import ctypes
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What mallopt was asked for."""
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *given: calls.append(given)))
-    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
+            monkeypatch.delenv(name)
     return calls
 
 
@@ -31,6 +33,9 @@ def test_settings_of_the_user_hold(name: str, asked: list[tuple[int, int]], monk
     assert asked == []
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+def test_other_c_libraries_are_left_alone(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: (looked.append(_), SimpleNamespace())[1])
     allocation.keep_freed_memory()
+    assert looked == [None]
+    assert asked == []

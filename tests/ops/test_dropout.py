@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from holdfast.ops.dropout import dropout
 
@@ -40,3 +41,14 @@ def test_none_and_nearly_all() -> None:
     assert dropout(x.bfloat16(), 0.2).dtype == torch.bfloat16
     assert torch.isfinite(dropout(x, 1 - 1e-9)).all()
     assert dropout(torch.empty(0, 4), 0.5).shape == (0, 4)
+
+
+def test_where_the_trick_does_not_apply() -> None:
+    x = torch.ones(40, 30)
+    assert not dropout(x, 1.0).any()
+    with torch.device("meta"):  # where new tensors are made, not where x is
+        assert dropout(x, 0.5).device.type == "cpu"
+    both = torch.func.vmap(lambda y: dropout(y, 0.5), randomness="different")(x)
+    assert 0.3 < (both == 0).float().mean() < 0.7
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(dropout(x, 0.5), FakeTensor)

@@ -81,7 +81,7 @@ def test_layouts_and_frozen_inputs(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_extreme_and_broken_numbers(name: str) -> None:
     x, gate, weight, _ = inputs(64, 64)
-    gate[0, :6] = torch.tensor([0.0, -88.0, 200.0, -200.0, 1e30, -1e30])
+    gate[0, :7] = torch.tensor([0.0, -88.0, 200.0, -200.0, 1e30, -1e30, torch.finfo(torch.float32).min])
     x[3] = 0
     expected = FUNCTIONS[name](x.double(), gate.double(), weight.double()).float()
     torch.testing.assert_close(FUNCTIONS[name](x, gate, weight), expected, rtol=1e-5, atol=1e-6)
@@ -164,6 +164,82 @@ def test_convolution_leaves_to_pytorch_what_it_does_not_know() -> None:
     torch.testing.assert_close(short_convolution(x, weight)[0], torch.nn.functional.silu(plain), rtol=1e-5, atol=1e-5)
     packed, _ = short_convolution(x, weight, cu_seqlens=torch.tensor([0, 30, 70]))
     torch.testing.assert_close(packed[:, 30:], short_convolution(x[:, 30:], weight)[0], rtol=1e-5, atol=1e-5)
+
+
+# Inputs of which one depends on the other, or that are one.
+DEPENDENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "twice": lambda x, w: swiglu(2 * x, x),
+    "same": lambda x, w: swiglu(x, x),
+    "shared weight": lambda x, w: rms_norm(rms_norm(x, w).tanh(), w),
+    "gate": lambda x, w: gated_rms_norm(x, x.sin(), w),
+    "two layers": lambda x, w: short_convolution(short_convolution(x, _taps(w))[0], _taps(w.cos()))[0],
+}
+
+
+def _taps(weight: Tensor) -> Tensor:
+    return torch.stack((weight, weight.sin()), dim=-1).unsqueeze(1)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_inputs_that_depend_on_each_other(name: str, create_graph: bool) -> None:
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 70, 64), (64,)))
+        out = DEPENDENT[name](x, weight).sin().sum()
+        slopes = torch.autograd.grad(out, (x, weight), create_graph=create_graph, allow_unused=True)
+        slopes = [slope for slope in slopes if slope is not None]
+        if create_graph:
+            slopes += torch.autograd.grad(sum(slope.square().sum() for slope in slopes), x)
+        return slopes
+
+    for one, other in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert (one - other).abs().max() < 2e-5 * other.abs().max()
+
+
+def test_gradients_that_cpp_cannot_read() -> None:
+    x, gate, weight, grad = inputs(64, 65)
+    x.requires_grad_()
+    weight.requires_grad_()
+    out = gated_rms_norm(x, gate, weight)
+    expected = torch.autograd.grad(out, (x, weight), grad, retain_graph=True)
+    batched = torch.autograd.grad(out, (x, weight), torch.stack((grad, 2 * grad)), True, is_grads_batched=True)
+    for one, other in zip(batched, expected, strict=True):
+        torch.testing.assert_close(one, torch.stack((other, 2 * other)), rtol=1e-4, atol=1e-4)
+    negative = torch.autograd.grad(out, (x, weight), torch._neg_view(grad))
+    for one, other in zip(negative, expected, strict=True):
+        torch.testing.assert_close(one, -other, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    x, gate, weight, grad = inputs(2, 64, 65)
+    x.requires_grad_()
+    gated_rms_norm(x, gate, weight).backward(grad)
+    alone, x.grad = x.grad, None
+    gated_rms_norm(x, gate, weight.clone().requires_grad_()).backward(grad)
+    assert torch.equal(x.grad, alone)
+    taps = torch.randn(65, 1, 4)
+    x.grad = None
+    short_convolution(x, taps)[0].backward(grad)
+    alone, x.grad = x.grad, None
+    short_convolution(x, taps.clone().requires_grad_())[0].backward(grad)
+    assert torch.equal(x.grad, alone)
+
+
+def test_a_filter_of_one_and_a_state_that_is_overwritten() -> None:
+    x = torch.randn(1, 70, 64, requires_grad=True)
+    out, latest = short_convolution(x, torch.full((64, 1, 1), 2.0))
+    torch.testing.assert_close(out, torch.nn.functional.silu(2 * x))
+    assert latest.shape == (1, 64, 0)
+    with torch.inference_mode():
+        state = torch.randn(1, 64, 1)
+    weight = torch.randn(64, 1, 2, requires_grad=True)
+    out, latest = short_convolution(x, weight, state)
+    torch.testing.assert_close(latest, x[:, -1:].transpose(1, 2))
+    before = torch.autograd.grad(out.sum(), weight, retain_graph=True)[0]
+    with torch.inference_mode():
+        state.zero_()
+    assert torch.equal(torch.autograd.grad(out.sum(), weight)[0], before)
 
 
 def test_second_derivatives_of_the_convolution() -> None:

@@ -1,7 +1,10 @@
 """The λ rule against recorded trajectories, in a loop of one's own, over ranks; and the watch over collapsed heads."""
 
+import dataclasses
 import json
 import math
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -148,6 +151,15 @@ def test_damping_remembers_the_last_count_over_a_resumption():
     assert saved["distance"] is not None
 
 
+def test_a_state_of_another_model_is_refused():
+    config = ControllerConfig(32, interval=1, proportional=True, damping=3.0)
+    controller = BudgetController(Buffers(2, 3), config=config)
+    controller.step(torch.full((2, 3), 40.0))
+    other = BudgetController(Buffers(2, 3), config=dataclasses.replace(config, sharing="layer"))
+    with pytest.raises(ValueError, match=re.escape("for (2, 3) values of λ, this one has (2, 1)")):
+        other.load_state_dict(controller.state_dict())
+
+
 def test_a_trained_model_keeps_its_lambda():
     model = Buffers()
     model.l1_lambda.fill_(0.01)
@@ -265,6 +277,25 @@ def test_heads_that_drift_at_a_pace_settle_only_with_damping(damping, settles):
         log_odds += 0.05 * pace
     furthest = max(abs(kept / 32 - 1) for kept in course[-500:])
     assert (furthest < 0.1) == settles
+
+
+def test_a_proportional_lambda_rests_at_zero_before_it_changes_sign():
+    model = Buffers(1, 1)
+    settings = {"interval": 1, "initial": 1e-3, "minimum": 1e-4, "two_sided": True, "proportional": True}
+    controller = BudgetController(model, config=ControllerConfig(32, **settings))
+    seen = []
+    for kept in (40.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 31.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0):
+        controller.step(torch.tensor([[kept]]))
+        seen.append(model.l1_lambda.item())
+    signs = [int(value > 0) - int(value < 0) for value in seen]
+    assert signs[0] == 1
+    assert signs[5:7] == [-1] * 2
+    for before, after in pairwise(signs):
+        assert before * after != -1
+    # Within the tolerance it does not leave 0.
+    model.l1_lambda.zero_()
+    controller.step(torch.tensor([[31.0]]))
+    assert model.l1_lambda.item() == 0
 
 
 TWO_SIDED = {"initial": 1e-3, "minimum": 1e-4, "maximum": 0.01, "interval": 1, "two_sided": True}

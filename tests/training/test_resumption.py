@@ -34,14 +34,14 @@ from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData
 
 
 def make_recipe(directory: Path, **training) -> Recipe:
-    """Twelve steps with everything that has a state: dropout, exploration, accumulation, a frozen scorer, λ, Adam."""
+    """Twelve steps with everything that has a state: dropout, exploration, accumulation, a frozen scorer, a damped λ, Adam."""
     settings = {"max_steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "warmup_steps": 2}
     return Recipe(
         name="run",
         model=MODEL,
         training=TrainingSection(**(settings | {"log_every": 1, "save_every": 3} | training)),
         data=NeedleData(task=TASK),
-        controller=ControllerConfig(initial=1e-2, minimum=1e-3, interval=2),
+        controller=ControllerConfig(initial=1e-2, minimum=1e-3, interval=2, proportional=True, damping=2.0),
         retention=RetentionSchedule(scorer_freeze_steps=2, exploration=0.5, exploration_end=1.0),
         output=OutputSection(directory=str(directory)),
     )

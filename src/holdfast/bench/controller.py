@@ -22,6 +22,7 @@ from holdfast.training import BudgetController, ControllerConfig
 __all__ = ["SimulatedHeads", "plot_controller_study", "study_controller"]
 
 _NEAR = 0.1  # of the budget: what counts as keeping it
+_SURE = 6.0  # log-odds beyond which heads keep all but everything, or all but nothing
 _FURTHEST_SHOWN = 40  # per cent: a head further from its budget has not reached it
 _PLACES = ("output", "plot")  # settings that say where results go, and nothing of what they are
 
@@ -69,7 +70,7 @@ class SimulatedHeads(nn.Module):
         self._rate = 1 / torch.tensor(time_constants)[:, None]
         self._pace = torch.tensor(paces)[:, None]
         self._speed = torch.zeros(len(paces), heads)
-        self._log_odds = torch.full(shape, 6.0)  # training starts by keeping everything
+        self._log_odds = torch.full(shape, _SURE)  # training starts by keeping everything
         self._log_valued = torch.full(shape, math.log(valued))
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -78,13 +79,12 @@ class SimulatedHeads(nn.Module):
         walk, luck = torch.randn(2, *self._log_odds.shape, generator=self._generator)
         self._log_valued += self.step_of_walk * walk
         drawn = slice(len(self._rate))
-        wanted = (self._log_valued[drawn] - self.l1_lambda[drawn].clamp(min=1e-12).log()).clamp(max=6.0)
+        wanted = (self._log_valued[drawn] - self.l1_lambda[drawn].clamp(min=1e-12).log()).clamp(max=_SURE)
         self._log_odds[drawn] += self._rate * (wanted - self._log_odds[drawn])
         driven = slice(len(self._rate), None)
         worth, penalty = (self._log_valued[driven] - self._log_odds[driven] / 2).exp(), self.l1_lambda[driven]
         self._speed += ((worth - penalty) / (worth + penalty.abs()) - self._speed) / 10
-        self._log_odds[driven] += self._pace * self._speed
-        self._log_odds.clamp_(-6.0, 6.0)
+        self._log_odds[driven] = (self._log_odds[driven] + self._pace * self._speed).clamp(-_SURE, _SURE)
         kept = self.positions * torch.sigmoid(self._log_odds)
         return kept, (kept * (1 + self.noise * luck)).clamp(0, self.positions)
 

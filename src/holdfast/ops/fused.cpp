@@ -12,10 +12,10 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 1 / (1 + e^-x). Beyond the range of exp2 it is 0 to 38 digits.
+// 1 / (1 + e^-x); 0 below -87, where exp2 ends.
 inline Vec sigmoid(Vec x) {
   const Vec power = x * -kLog2E;
-  return 1.0f / (1.0f + exp2(power < 126.0f ? power : all(126.0f)));
+  return power < 126.0f ? 1.0f / (1.0f + exp2(power < 126.0f ? power : all(126.0f))) : Vec{};
 }
 
 // The derivative of SiLU at x, with s = sigmoid(x).
@@ -68,8 +68,9 @@ void holdfast_swiglu_backward(const float* gate, const float* up, const float* g
   });
 }
 
-// Row t of sums [batch, tokens, width] = sum over i < taps of weight[i] * row t - taps + 1 + i of x [batch, tokens, width],
-// where what lies before row 0 is past [batch, taps - 1, width]; out = SiLU(sums). weight [taps, width].
+// Row t of sums [batch, tokens, width] = sum over i < taps of weight[i] * row t - taps + 1 + i of x [batch, tokens,
+// width], where what lies before row 0 is past [batch, taps - 1, width]; out = SiLU(sums). weight [taps, width]. sums
+// may be missing: only the backward pass reads them.
 void holdfast_convolution(const float* x, const float* past, const float* weight, float* sums, float* out,
                           int64_t batch, int64_t tokens, int64_t width, int64_t taps, const Team* team,
                           int64_t workers) {
@@ -83,14 +84,15 @@ void holdfast_convolution(const float* x, const float* past, const float* weight
           const float* from = at < 0 ? past + (b * (taps - 1) + taps - 1 + at) * width : x + (b * tokens + at) * width;
           total += read(weight + i * width + c) * read(from + c);
         }
-        write(sums + row * width + c, total);
+        if (sums) write(sums + row * width + c, total);
         write(out + row * width + c, total * sigmoid(total));
       });
     }
   });
 }
 
-// d_sums [batch, tokens, width] is room for the gradient of sums; d_weights [workers, taps, width] begin as zeros.
+// d_sums [batch, tokens, width] is room for the gradient of sums; d_weights [workers, taps, width] begin as zeros, or are
+// missing.
 void holdfast_convolution_backward(const float* x, const float* past, const float* weight, const float* sums,
                                    const float* grad, float* d_sums, float* dx, float* d_weights, int64_t batch,
                                    int64_t tokens, int64_t width, int64_t taps, const Team* team, int64_t workers) {
@@ -102,7 +104,7 @@ void holdfast_convolution_backward(const float* x, const float* past, const floa
     });
   });
   divide(team, workers, batch * tokens, [=](int64_t first, int64_t end) {
-    float* d_weight = d_weights + (workers > 1 ? team->thread() : 0) * taps * width;
+    float* d_weight = d_weights ? d_weights + (workers > 1 ? team->thread() : 0) * taps * width : nullptr;
     for (int64_t row = first; row < end; ++row) {
       const int64_t b = row / tokens, t = row % tokens;
       each(width, [=](auto read, auto write, int64_t c) {
@@ -111,6 +113,7 @@ void holdfast_convolution_backward(const float* x, const float* past, const floa
         for (int64_t i = 0; i < taps; ++i) {
           const int64_t back = taps - 1 - i, at = t - back;
           if (t + back < tokens) total += read(weight + i * width + c) * read(d_sums + (row + back) * width + c);
+          if (!d_weight) continue;
           const float* from = at < 0 ? past + (b * (taps - 1) + taps - 1 + at) * width : x + (b * tokens + at) * width;
           write(d_weight + i * width + c, read(d_weight + i * width + c) + own * read(from + c));
         }
@@ -126,7 +129,7 @@ void holdfast_scaled(const float* x, const float* weight, const float* gate, flo
                      int64_t width, float divisor, float eps, const Team* team, int64_t workers) {
   divide(team, workers, rows, [=](int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      const float *from = x + row * width, *gates = gate + row * width;
+      const float* from = x + row * width;
       Vec squares{};
       each(width, [&](auto read, auto, int64_t c) {
         const Vec value = read(from + c);
@@ -137,7 +140,7 @@ void holdfast_scaled(const float* x, const float* weight, const float* gate, flo
         Vec y = read(from + c) * scale;
         if (weight) y *= read(weight + c);
         if (gate) {
-          const Vec g = read(gates + c);
+          const Vec g = read(gate + row * width + c);
           y *= g * sigmoid(g);
         }
         write(out + row * width + c, y);
@@ -146,12 +149,12 @@ void holdfast_scaled(const float* x, const float* weight, const float* gate, flo
   });
 }
 
-// d_weights [workers, width] begin as zeros; their sum over the workers is the gradient of weight.
+// d_weights [workers, width] begin as zeros; their sum over the workers is the gradient of weight. They may be missing.
 void holdfast_scaled_backward(const float* x, const float* weight, const float* gate, const float* scales,
                               const float* grad, float* dx, float* d_weights, float* d_gate, int64_t rows,
                               int64_t width, float divisor, const Team* team, int64_t workers) {
   divide(team, workers, rows, [=](int64_t first, int64_t end) {
-    float* d_weight = d_weights + (workers > 1 ? team->thread() : 0) * width;
+    float* d_weight = d_weights ? d_weights + (workers > 1 ? team->thread() : 0) * width : nullptr;
     for (int64_t row = first; row < end; ++row) {
       const int64_t at = row * width;
       const float scale = scales[row];
@@ -165,10 +168,8 @@ void holdfast_scaled_backward(const float* x, const float* weight, const float* 
           write(d_gate + at + c, dy * ungated * slope(g, s));
           dy *= g * s;
         }
-        if (weight) {
-          write(d_weight + c, read(d_weight + c) + dy * value * scale);
-          dy *= read(weight + c);
-        }
+        if (d_weight) write(d_weight + c, read(d_weight + c) + dy * value * scale);
+        if (weight) dy *= read(weight + c);
         inner += dy * value;
         write(dx + at + c, dy);
       });

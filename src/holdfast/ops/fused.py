@@ -7,6 +7,7 @@ PyTorch's own operations are the reference, and what runs elsewhere: with other 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
     No gradient reaches `past`.
     """
     taps = weight.squeeze(1).t().contiguous()
-    return _Convolution.apply(x.contiguous(), past.detach().contiguous(), taps)
+    # A copy of the past, which a cache overwrites in place and which may come from inference mode.
+    return _Convolution.apply(x.contiguous(), past.detach().clone(memory_format=torch.contiguous_format), taps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -78,8 +80,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _differentiably(F.silu(gate) * up, (gate, up), grad)
+        if _needs_pytorch(grad):
+            return _by_pytorch(lambda gate, up: F.silu(gate) * up, (gate, up), grad)
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
         count = gate.numel()
         team = team_for(count, count)
@@ -103,16 +105,19 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate, scales = ctx.saved_tensors
         divisor, eps = ctx.settings
-        if torch.is_grad_enabled():
-            out = x * (x.square().sum(-1, keepdim=True) / divisor + eps).rsqrt()
-            out = out if weight is None else out * weight
-            out = out if gate is None else out * F.silu(gate)
-            return *_differentiably(out, (x, weight, gate), grad), None, None
+        if _needs_pytorch(grad):
+
+            def function(x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tensor:
+                out = x * (x.square().sum(-1, keepdim=True) / divisor + eps).rsqrt()
+                out = out if weight is None else out * weight
+                return out if gate is None else out * F.silu(gate)
+
+            return *_by_pytorch(function, (x, weight, gate), grad), None, None
         width = x.shape[-1]
         rows = x.numel() // width
         team, workers = team_for(x.numel(), rows)
         dx, d_gate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
-        d_weights = None if weight is None else weight.new_zeros(workers, width)
+        d_weights = weight.new_zeros(workers, width) if ctx.needs_input_grad[1] else None
         given = (x, weight, gate, scales, grad.contiguous())
         _call("holdfast_scaled_backward", *given, dx, d_weights, d_gate, rows, width, divisor, team, workers)
         return dx, None if d_weights is None else d_weights.sum(0), d_gate, None, None
@@ -121,7 +126,7 @@ class _Scaled(torch.autograd.Function):
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
-        sums, out = torch.empty_like(x), torch.empty_like(x)
+        out, sums = torch.empty_like(x), torch.empty_like(x) if any(ctx.needs_input_grad) else None
         sizes = (*x.shape, len(weight))
         team = team_for(x.numel(), x.shape[0] * x.shape[1])
         _call("holdfast_convolution", x, past, weight, sums, out, *sizes, *team)
@@ -131,22 +136,37 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, past, weight, sums = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            rows = torch.cat((past, x), dim=1)
-            total = sum(rows[:, i : i + x.shape[1]] * tap for i, tap in enumerate(weight))
-            dx, d_weight = _differentiably(F.silu(total), (x, weight), grad)
+        if _needs_pytorch(grad):
+
+            def function(x: Tensor, weight: Tensor) -> Tensor:
+                rows = torch.cat((past, x), dim=1)
+                return F.silu(sum(rows[:, i : i + x.shape[1]] * tap for i, tap in enumerate(weight)))
+
+            dx, d_weight = _by_pytorch(function, (x, weight), grad)
             return dx, None, d_weight
         d_sums, dx = torch.empty_like(x), torch.empty_like(x)
         team, workers = team_for(x.numel(), x.shape[0] * x.shape[1])
-        d_weights = weight.new_zeros(workers, *weight.shape)
+        d_weights = weight.new_zeros(workers, *weight.shape) if ctx.needs_input_grad[2] else None
         given = (x, past, weight, sums, grad.contiguous())
         sizes = (*x.shape, len(weight))
         _call("holdfast_convolution_backward", *given, d_sums, dx, d_weights, *sizes, team, workers)
-        return dx, None, d_weights.sum(0)
+        return dx, None, None if d_weights is None else d_weights.sum(0)
 
 
-def _differentiably(out: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `inputs` through PyTorch's operations: with `create_graph`, they are to be derived once more."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+def _needs_pytorch(grad: Tensor) -> bool:
+    """Whether a backward pass is to be derived once more (`create_graph`), or C++ cannot read its gradient."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # of `is_grads_batched`
+    return torch.is_grad_enabled() or is_watched() or batched or not is_plain(grad)
+
+
+def _by_pytorch(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of `function`, made of PyTorch's operations; None for those that need none."""
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: an input may have been computed from another, and that way is not for this backward pass to go.
+        aliases = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        wanted = [x for x in aliases if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=further))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

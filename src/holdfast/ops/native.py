@@ -124,7 +124,7 @@ def _compiled(sources: Sequence[Path], command: list[str]) -> Path:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}, so attention runs on slower PyTorch code: install g++ or clang++, or name one in CXX "
+        f"{reason}, so models run on slower PyTorch code: install g++ or clang++, or name one in CXX "
         "(HOLDFAST_NATIVE=0 says that you know).",
         stacklevel=4,
     )

@@ -44,8 +44,8 @@ def short_convolution(
     past = x.new_zeros(B, weight.shape[-1] - 1, C) if state is None else state.transpose(1, 2).to(x.dtype)
     if activation and cu_seqlens is None and not past.requires_grad and fused.serves(x, past, weight):
         keep = past.shape[1]
-        latest = torch.cat((past, x[:, -keep:]), dim=1)[:, -keep:]
-        return fused.convolution(x, past, weight), latest.transpose(1, 2).contiguous()
+        latest = torch.cat((past, x[:, max(T - keep, 0) :]), dim=1)
+        return fused.convolution(x, past, weight), latest[:, latest.shape[1] - keep :].transpose(1, 2).contiguous()
     rows = torch.cat((past, x), dim=1)
     if T == 1:
         y = (rows.to(compute_dtype(x)) * weight[:, 0].t()).sum(1, keepdim=True)

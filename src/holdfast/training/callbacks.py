@@ -90,8 +90,9 @@ class RetentionCallback(TrainerCallback, ExportableState):
             return
         self.controller = BudgetController(model, config=self.controller_config)
         saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
-        if saved["attributes"].get("_controller_state") is not None:
-            self.controller.load_state_dict(saved["attributes"]["_controller_state"])
+        attributes = saved["attributes"]  # "_steps": of checkpoints from before there was damping
+        known = attributes.get("_controller_state") or {"steps": attributes.get("_steps", 0)}
+        self.controller.load_state_dict(known)
         # Without a threshold every score is positive: that a head "keeps everything" then says nothing.
         if any(layer.options.threshold > 0 for layer in layers.values()):
             self._watch = RetentionWatch(

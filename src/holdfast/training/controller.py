@@ -48,7 +48,7 @@ class ControllerConfig:
     initial_steps: int = 0
     """Steps before the rule starts: until then counts are averaged and λ stays; the first update is one interval on."""
     tolerance: tuple[float, float] = (0.95, 1.0)
-    """(lo, hi): a head keeping between lo·b and hi·b pairs is left alone."""
+    """(lo, hi): a head keeping between lo·b and hi·b pairs is left alone (but for `damping`)."""
     two_sided: bool = False
     """Let λ fall below 0 for a head that keeps too few: then |λ|·ReLU(−s) raises the scores of the pairs it drops.
 
@@ -79,6 +79,8 @@ class ControllerConfig:
             raise ValueError(f"increase and decrease are factors above 1, got {self.increase} and {self.decrease}.")
         if not 0 < self.tolerance[0] <= self.tolerance[1]:
             raise ValueError(f"tolerance must be (lo, hi) with 0 < lo <= hi, got {self.tolerance}.")
+        if self.proportional and not self.tolerance[0] <= 1 <= self.tolerance[1]:
+            raise ValueError(f"with proportional, tolerance must contain 1, got {self.tolerance}.")
         if not self.damping >= 0 or (self.damping and not self.proportional):
             raise ValueError(f"damping must be 0 or more, and 0 without proportional, got {self.damping}.")
         if self.sharing not in ("head", "layer", "all"):
@@ -108,7 +110,8 @@ class BudgetController:
 
     Under torch.distributed the counts are averaged over `process_group` at each step. This equals averaging the moving
     average at each update, and keeps every rank's buffers the same at all times, whatever DDP broadcasts or which rank
-    saves. Nothing here waits for the device. While eviction is switched off, do not call `step`: λ is then left alone.
+    saves. Nothing here but `state_dict` waits for the device. While eviction is switched off, do not call `step`: λ is
+    then left alone.
 
     Args:
         model: a model with learned eviction, wrapped (DDP, torch.compile) or not.
@@ -179,7 +182,13 @@ class BudgetController:
         """Continue from `state_dict()`; the buffers come back with the model's own weights."""
         self.steps = int(state["steps"])
         distance = state.get("distance")
-        self._distance = None if distance is None else torch.tensor(distance, device=self.average_kept.device)
+        self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float32)
+        expected = _shared(self.average_kept, self.config.sharing, torch.mean).shape
+        if self._distance is not None and self._distance.shape != expected:
+            raise ValueError(
+                f"the saved state is of a controller for {tuple(self._distance.shape)} values of λ, this one has "
+                f"{tuple(expected)}: the model or `sharing` differs."
+            )
 
     def _can_be_lifted(self, positions: float | Tensor | None) -> bool | Tensor:
         """Whether heads could keep more than the budget; the same on every rank."""
@@ -195,9 +204,12 @@ class BudgetController:
         too_large = kept > config.tolerance[0] * self.budget
         too_small = kept < config.tolerance[1] * self.budget
         power: float | Tensor = 1.0
+        may_start: bool | Tensor = True
         if config.proportional:
-            error = self._error(kept, too_large & too_small)
-            too_large, too_small, power = error > 0, error < 0, error.abs()
+            # Else λ would jump from -minimum to +minimum and back with every wink of a head that is at its budget.
+            may_start = (previous == 0) & ~(too_large & too_small)
+            push = self._push(kept, too_large & too_small)
+            too_large, too_small, power = push > 0, push < 0, push.abs()
         # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
         lifts = previous < 0
         size = previous.abs()
@@ -208,19 +220,22 @@ class BudgetController:
         changed = changed.clamp(max=config.maximum)
         changed = torch.where(changed < config.minimum, 0.0, changed) * torch.where(lifts, -1.0, 1.0)
         start = config.initial if is_first else config.minimum
-        idle = changed == 0
+        idle = (changed == 0) & may_start
         changed = torch.where(idle & too_large, start, changed)
         if config.two_sided:
             changed = torch.where(idle & too_small & ~too_large & liftable, -start, changed)
         penalty.copy_(changed.expand_as(penalty))
 
-    def _error(self, kept: Tensor, fits: Tensor) -> Tensor:
-        """By which power of the factors λ is to rise (fall, if negative), in [-1, 1]; `fits`: within the tolerance."""
+    def _push(self, kept: Tensor, fits: Tensor) -> Tensor:
+        """The exponent of a factor on λ, in [-1, 1], negative where λ is to fall; `fits`: within the tolerance.
+
+        Remembers the distance from the budget, for the next.
+        """
         distance = (kept / self.budget).clamp(2**-_FURTHEST, 2**_FURTHEST).log2()
-        before = distance if self._distance is None else self._distance
+        before = distance if self._distance is None else self._distance.to(distance.device)
         self._distance = distance
-        error = distance.masked_fill(fits, 0.0) + self.config.damping * (distance - before)
-        return error.clamp(-1, 1)
+        push = distance.masked_fill(fits, 0.0) + self.config.damping * (distance - before)
+        return push.clamp(-1, 1)
 
     def _buffer(self, name: str) -> Tensor:
         # Looked up each time: moving a model replaces its buffers, and casting it would lower these to bf16, in which
