@@ -104,8 +104,9 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     (tangent,) = torch.func.jvp(l2_norm, (x,), (x,))[1:]
     torch.testing.assert_close(tangent, torch.zeros_like(x), atol=1e-6, rtol=0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(fused, "openmp", lambda: None)
-    assert not fused.serves(x)  # PyTorch has several threads for it, and this has one
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    assert fused.serves(x)
+    assert not fused.serves(x.expand(64, 64, 64))  # PyTorch has several threads for it, and this has one
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

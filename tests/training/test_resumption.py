@@ -33,8 +33,17 @@ from holdfast.training import (
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Processes are forked here: GNU's OpenMP would wait in them for threads that they do not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_recipe(directory: Path, **training) -> Recipe:
-    """Twelve steps with everything that has a state: dropout, exploration, accumulation, a frozen scorer, a damped λ, Adam."""
+    """Twelve steps with all that has a state: dropout, exploration, accumulation, a frozen scorer, a damped λ, Adam."""
     settings = {"max_steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "warmup_steps": 2}
     return Recipe(
         name="run",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
-from holdfast.ops.threads import TEAM, openmp, team_for
+from holdfast.ops.threads import TEAM, must_go_alone, team_for
 
 __all__ = ["convolution", "scaled", "serves", "swiglu"]
 
@@ -42,7 +42,8 @@ def serves(*tensors: Tensor) -> bool:
 
     The first tensor is the one whose size says how much there is to do.
     """
-    if is_watched() or tensors[0].numel() < _SMALLEST or (openmp() is None and torch.get_num_threads() > 1):
+    numbers = tensors[0].numel()
+    if is_watched() or numbers < _SMALLEST or must_go_alone(numbers):
         return False
     return all(is_plain(x) for x in tensors) and _functions.are_there()
 

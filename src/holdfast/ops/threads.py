@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["TEAM", "in_threads", "openmp", "team_for"]
+__all__ = ["TEAM", "in_threads", "must_go_alone", "openmp", "team_for"]
 
 TEAM = Path(__file__).with_name("team.h")
 """The same threads for C++ that divides its work itself."""
@@ -66,6 +66,12 @@ def team_for(numbers: int, parts: int) -> tuple[int | None, int]:
     which has so many parts."""
     team = openmp() if numbers >= _THREADED else None
     return (None, 1) if team is None else (team.address, min(parts, torch.get_num_threads()))
+
+
+def must_go_alone(numbers: int) -> bool:
+    """Whether C++ would have one thread for work on as many numbers where PyTorch has several."""
+    # The first question for a team starts threads, which a process with small tensors that forks is better off without.
+    return numbers >= _THREADED and torch.get_num_threads() > 1 and openmp() is None
 
 
 def openmp() -> "_Team | None":
