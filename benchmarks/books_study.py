@@ -31,6 +31,7 @@ from holdfast.training.history import RunHistory, read_history
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results" / "books.json"
 PICTURE = BENCHMARKS.parent / "docs" / "images" / "books.png"
+KNOWN = ("laptop-gdn", "laptop-gdn-swa", "laptop-lalte", "laptop-lansa", "laptop-gdn-full")
 LENGTHS = (512, 2048)
 TOKENS = 65_536  # of the validation split, at each length
 END = 300  # steps whose counts are averaged
@@ -87,7 +88,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     by_position.axvline(LENGTHS[0], color="0.6", linestyle=":", label="length of training")
     by_position.set(xlabel="position", ylabel="perplexity of a token")
     by_position.legend(fontsize="x-small")
-    model = next(model for model in recipes.values() if "kept" in model)
+    model = next((model for model in recipes.values() if "kept" in model), None)
+    if model is None:
+        figure.savefig(path, dpi=110)
+        return
     counts = np.array(model["kept"]["course"])
     heads = range(len(model["kept"]["mean"][0]))
     names = [f"layer {layer}, head {head}" for layer in model["layers"] for head in heads]
@@ -109,8 +113,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--add", action="store_true", help="to the models that are in the results already")
     parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD")
     chosen = parser.parse_args(given)
-    if chosen.name is not None and len(chosen.runs) > 1:
-        parser.error("--name is for one run")
+    if chosen.name is not None and (len(chosen.runs) > 1 or chosen.name.partition(", ")[0] not in KNOWN):
+        parser.error(f"--name is for one run, and RECIPE or 'RECIPE, SETTING' with a recipe of {', '.join(KNOWN)}")
     quieten_transformers()
     models = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if chosen.add else {}
     for run in chosen.runs:
