@@ -7,6 +7,7 @@ import torch
 
 from holdfast import HybridForCausalLM
 from holdfast.mixers import MIXERS
+from holdfast.ops import fused
 from holdfast.training import load_recipe
 from holdfast.training.cost import describe_training
 
@@ -59,9 +60,12 @@ def kept_bytes(recipe) -> int:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("mixer", list(MIXERS))
-def test_activations_are_about_what_autograd_keeps(mixer, bf16):
+def test_activations_are_about_what_autograd_keeps(mixer, bf16, monkeypatch):
     recipe = with_model(mixer, bf16=bf16)
-    assert describe_training(recipe).activation_bytes == pytest.approx(kept_bytes(recipe), rel=0.25)
+    estimate = describe_training(recipe).activation_bytes
+    assert kept_bytes(recipe) < 1.25 * estimate  # where there is a C++ compiler, it keeps less
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
+    assert estimate == pytest.approx(kept_bytes(recipe), rel=0.25)
 
 
 def test_checkpointing_keeps_one_block():
