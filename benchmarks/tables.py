@@ -107,8 +107,6 @@ def lengths() -> str:
         [TITLES[name], *(seeds(run[index]["beyond"] for run in runs) for index in count)]
         for name, runs in values.items()
     ]
-    if max(contexts) < 131_072:
-        dash += " Longer contexts: not measured yet."
     sizes = [f"{part['length']:,} tokens" for part in next(iter(values.values()))[0]]
     return table(["beyond the window", *sizes], rows)
 
@@ -197,8 +195,6 @@ def efficiency() -> str:
     def share(cost: Any) -> str:
         return "–" if cost["scorer"] is None else f"{cost['scorer']['prefill']:.0%} / {cost['scorer']['decode']:.0%}"
 
-    if max(contexts) < 131_072:
-        dash += " Longer contexts: not measured yet."
     sizes = [f"{name} {model['total_parameters'] / 1e6:.1f} M" for name, model in models.items()]
     longest = found["settings"]["longest"]
     dash = (
@@ -206,6 +202,8 @@ def efficiency() -> str:
         if any(m["not_measured"] for m in models.values())
         else ""
     )
+    if max(contexts) < 131_072:
+        dash += " Longer contexts: not measured yet."
     parts = [
         by_context("tokens/s read, context", lambda cost: f"{cost['prefill_tokens_per_second']:,.0f}"),
         by_context("ms per generated token, p50 (p99)", latency),
