@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,6 +20,7 @@ from holdfast.cache import HybridCache
 from holdfast.configuration import HybridConfig
 from holdfast.inputs import check_inputs, check_labels, require_hybrid_cache
 from holdfast.loading import load_checked
+from holdfast.losses import next_token_loss
 from holdfast.mixers import MIXERS, LearnedEviction, MixerOutput, MixerState, TokenLayout, TokenMixer
 from holdfast.mixers.base import projected_dtype
 from holdfast.mixers.layout import (
@@ -344,7 +344,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         logits = apply_linear(self.lm_head, outputs.last_hidden_state[:, columns])
         loss = lm_loss = retention_loss = None
         if labels is not None:
-            lm_loss = _next_token_loss(logits, labels, attention_mask, cu_seqlens)
+            lm_loss = next_token_loss(logits, labels, attention_mask, cu_seqlens)
             retention_loss = self._retention_loss(outputs.retention, logits)
             loss = lm_loss + retention_loss
         result = HybridCausalLMOutput(
@@ -390,21 +390,3 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 "what each mixer needs, of fixed size wherever the mixer allows; leave the setting out"
             )
         model_kwargs["past_key_values"] = HybridCache(self.config)
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Mean cross-entropy of labels[:, t + 1] given logits[:, t], fp32."""
-    if logits.shape[1] != labels.shape[1]:
-        raise ValueError("labels need the logits of every column: leave logits_to_keep at 0")
-    labels = labels.to(logits.device)
-    targets = labels[:, 1:]
-    if mask is not None:
-        real = mask[:, -labels.shape[1] :].to(logits.device).bool()
-        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-    if cu_seqlens is not None:
-        begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-        begins[cu_seqlens.to(labels.device).long()] = True
-        targets = targets.masked_fill(begins[1 : labels.shape[1]], -100)
-    targets = F.pad(targets, (0, 1), value=-100)  # all logits stay in their place: leaving out the last would copy them
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)

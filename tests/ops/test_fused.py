@@ -63,6 +63,23 @@ def test_values_and_gradients(name: str, shape: tuple[int, ...], workers: int, m
         assert error < 3e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 2, 20), (2, 5), (1, 1)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_small_tensors_without_gradients(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    call = fused._call
+    monkeypatch.setattr(fused, "_call", lambda *given: (called.append(given[0]), call(*given)))
+    x, gate, weight, _ = inputs(*shape)
+    ours = FUNCTIONS[name](x, gate, weight)
+    assert len(called) == 1
+    exact = FUNCTIONS[name](x.double(), gate.double(), weight.double())
+    torch.testing.assert_close(ours, exact.float(), rtol=3e-6, atol=3e-6)
+    assert torch.equal(l2_norm(torch.zeros(2, 9)), torch.zeros(2, 9))
+    with_gradient = FUNCTIONS[name](x.requires_grad_(), gate, weight)
+    assert len(called) == 2  # of the zeros; PyTorch's few calls cost less than a function of autograd
+    assert with_gradient.requires_grad
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_layouts_and_frozen_inputs(name: str) -> None:
     x, gate, weight, grad = inputs(70, 96)
@@ -93,7 +110,9 @@ def test_extreme_and_broken_numbers(name: str) -> None:
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(64, 64)
     assert fused.serves(x, torch.nn.Parameter(x))
-    assert not fused.serves(x[:60])
+    assert fused.serves(x[:60])
+    assert not fused.serves(x[:60], torch.nn.Parameter(x))  # PyTorch's few calls cost less than autograd's Python
+    assert not fused.serves(x[:0])
     assert not fused.serves(x.double())
     assert not fused.serves(x.bfloat16())
     assert not fused.serves(x, x.half())

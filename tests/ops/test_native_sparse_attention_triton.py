@@ -308,7 +308,7 @@ def test_what_the_kernels_cannot_take_is_named(
 class TestOnTheGPU:
     SIZES: dict[str, Any] = {"block_size": 64, "num_blocks": 16, "window": 512}  # noqa: RUF012
 
-    def compare(self, inputs: tuple[Tensor, ...], **arguments: Any) -> None:
+    def assert_like_blocked(self, inputs: tuple[Tensor, ...], **arguments: Any) -> None:
         """With "blocked" in float64, means rounded alike, and no gradient from queries that do not choose alike."""
         size, dtype = arguments["block_size"], inputs[0].dtype
         complete = inputs[1].shape[1] // size
@@ -334,15 +334,15 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("dim", [16, 64, 128, 256])
     @pytest.mark.parametrize("groups", [1, 4, 16, 48])
     def test_real_sizes(self, groups: int, dim: int, dtype: torch.dtype) -> None:
-        self.compare(tensors(3001, heads=2 * groups, kv_heads=2, dim=dim, dtype=dtype), **self.SIZES)
+        self.assert_like_blocked(tensors(3001, heads=2 * groups, kv_heads=2, dim=dim, dtype=dtype), **self.SIZES)
 
     @pytest.mark.parametrize("sizes", [(16, 7, 100), (48, 100, 512), (256, 3, 1), (1, 20, 5)])
     def test_other_blocks(self, sizes: tuple[int, int, int]) -> None:
         arguments = dict(zip(("block_size", "num_blocks", "window"), sizes, strict=True))
-        self.compare(tensors(2000, heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16), **arguments)
+        self.assert_like_blocked(tensors(2000, heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16), **arguments)
 
     def test_long_sequences(self) -> None:
-        self.compare(tensors(32_769, heads=16, kv_heads=1, dim=64, dtype=torch.bfloat16), **self.SIZES)
+        self.assert_like_blocked(tensors(32_769, heads=16, kv_heads=1, dim=64, dtype=torch.bfloat16), **self.SIZES)
 
     @pytest.mark.parametrize("keys", [50, 5000, 131_072])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -375,10 +375,14 @@ class TestOnTheGPU:
         for mode in ("default", "error"):  # the first time compiles
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                torch.autograd.grad(attend(*inputs)[0], inputs, gradient)
+                gradients = torch.autograd.grad(attend(*inputs)[0], inputs, gradient)
                 attend(*one)
+                if mode == "error":  # that it would have been noticed
+                    with pytest.raises(RuntimeError, match="synchroniz"):
+                        gradient[0, 0, 0, 0].item()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+        assert all(found.isfinite().all() for found in gradients)
 
 
 def test_every_device_has_sizes() -> None:

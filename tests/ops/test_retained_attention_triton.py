@@ -256,6 +256,9 @@ class TestOnTheGPU:
         gradient = torch.randn_like(inputs[0])
         torch.cuda.set_sync_debug_mode("error")
         try:
-            torch.autograd.grad(attend(*inputs), inputs, gradient)
+            gradients = torch.autograd.grad(attend(*inputs), inputs, gradient)
+            with pytest.raises(RuntimeError, match="synchroniz"):  # that it would have been noticed
+                gradient[0, 0, 0, 0].item()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert all(found.isfinite().all() for found in gradients)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import torch
@@ -98,12 +99,12 @@ class BenchSettings:
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in ("output", "plot")}
 
+    _QUICK: ClassVar[Mapping[str, Any]] = {}
+    """What a quick run changes."""
+
     def effective(self) -> Self:
         """These settings, or the tiny ones of a quick run."""
-        return self._tiny() if self.quick else self
-
-    def _tiny(self) -> Self:
-        raise NotImplementedError
+        return dataclasses.replace(self, **self._QUICK) if self.quick else self
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,22 @@ class OpsSettings(BenchSettings):
         if "sparse" in self.only and self.heads % self.group_size:
             raise ValueError(f"heads ({self.heads}) must be a multiple of group_size ({self.group_size}).")
 
-    def _tiny(self) -> Self:
-        return dataclasses.replace(
-            self, repeats=2, tokens=(128, 256), heads=2, kv_heads=None, head_dim=16, window=32, kept=16,
-            group_size=2, block_size=8, num_blocks=4, sparse_window=16,
-            retention_tokens=1024, delta_shapes=((2, 96, 2, 16),), memory=False,
-        )  # fmt: skip
+    _QUICK: ClassVar[Mapping[str, Any]] = {
+        "repeats": 2,
+        "tokens": (128, 256),
+        "heads": 2,
+        "kv_heads": None,
+        "head_dim": 16,
+        "window": 32,
+        "kept": 16,
+        "group_size": 2,
+        "block_size": 8,
+        "num_blocks": 4,
+        "sparse_window": 16,
+        "retention_tokens": 1024,
+        "delta_shapes": ((2, 96, 2, 16),),
+        "memory": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -194,8 +205,7 @@ class PrefillSettings(ModelSettings):
         super().__post_init__()
         require_at_least(1, tokens=self.tokens, chunk=self.chunk, peer_chunk=self.peer_chunk)
 
-    def _tiny(self) -> Self:
-        return dataclasses.replace(self, size="tiny", repeats=2, tokens=(48, 96), chunk=32)
+    _QUICK: ClassVar[Mapping[str, Any]] = {"size": "tiny", "repeats": 2, "tokens": (48, 96), "chunk": 32}
 
 
 @dataclass(frozen=True)
@@ -212,8 +222,7 @@ class DecodeSettings(ModelSettings):
         super().__post_init__()
         require_at_least(1, contexts=self.contexts, steps=self.steps, batch_size=self.batch_size)
 
-    def _tiny(self) -> Self:
-        return dataclasses.replace(self, size="tiny", contexts=(48, 96), steps=40, batch_size=2)
+    _QUICK: ClassVar[Mapping[str, Any]] = {"size": "tiny", "contexts": (48, 96), "steps": 40, "batch_size": 2}
 
 
 @dataclass(frozen=True)
@@ -228,8 +237,7 @@ class TrainSettings(ModelSettings):
         super().__post_init__()
         require_at_least(1, batch_size=self.batch_size, tokens=self.tokens)
 
-    def _tiny(self) -> Self:
-        return dataclasses.replace(self, size="tiny", repeats=2, tokens=96)
+    _QUICK: ClassVar[Mapping[str, Any]] = {"size": "tiny", "repeats": 2, "tokens": 96}
 
 
 @dataclass(frozen=True)

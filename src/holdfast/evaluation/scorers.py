@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import os
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ SMALLEST = torch.finfo(torch.float32).tiny
 _QUERIES = 256  # of a tile of accumulated attention
 
 
-class Scorer:
+class Scorer(ABC):
     """Scores the pairs of one layer of learned eviction, in one pass over whole sequences.
 
     Args:
@@ -48,9 +49,9 @@ class Scorer:
     def __init__(self, layer: LearnedEviction, before: GatedDeltaNet | None) -> None:
         self.layer = layer
 
+    @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] fp32 from what `LearnedEviction.substitute` is given."""
-        raise NotImplementedError
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks that the scorer needs while it is in the model."""

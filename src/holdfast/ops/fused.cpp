@@ -124,7 +124,7 @@ void holdfast_convolution_backward(const float* x, const float* past, const floa
 }
 
 // out = x * scale * weight * SiLU(gate), where scale = (sum of squares / divisor + eps)^-1/2 of each row of x [rows,
-// width]; weight [width] and gate [rows, width] may be missing. scales [rows] are kept for the backward pass.
+// width]; weight [width] and gate [rows, width] may be missing, and scales [rows], which only the backward pass reads.
 void holdfast_scaled(const float* x, const float* weight, const float* gate, float* out, float* scales, int64_t rows,
                      int64_t width, float divisor, float eps, const Team* team, int64_t workers) {
   divide(team, workers, rows, [=](int64_t first, int64_t end) {
@@ -135,7 +135,8 @@ void holdfast_scaled(const float* x, const float* weight, const float* gate, flo
         const Vec value = read(from + c);
         squares += value * value;
       });
-      const float scale = scales[row] = 1 / std::sqrt(sum(squares) / divisor + eps);
+      const float scale = 1 / std::sqrt(sum(squares) / divisor + eps);
+      if (scales) scales[row] = scale;
       each(width, [=](auto read, auto write, int64_t c) {
         Vec y = read(from + c) * scale;
         if (weight) y *= read(weight + c);

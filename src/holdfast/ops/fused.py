@@ -21,7 +21,7 @@ from holdfast.ops.threads import TEAM, must_go_alone, team_for
 __all__ = ["convolution", "scaled", "serves", "swiglu"]
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
-# Numbers below which PyTorch's few calls cost less than this Python.
+# Numbers below which PyTorch's few calls cost less than a function of autograd in Python.
 _SMALLEST = 1 << 12
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -43,20 +43,28 @@ def serves(*tensors: Tensor) -> bool:
     The first tensor is the one whose size says how much there is to do.
     """
     numbers = tensors[0].numel()
-    if is_watched() or numbers < _SMALLEST or must_go_alone(numbers):
+    if is_watched() or numbers == 0 or must_go_alone(numbers) or (numbers < _SMALLEST and _differentiated(*tensors)):
         return False
     return all(is_plain(x) for x in tensors) and _functions.are_there()
 
 
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) · up, of one shape."""
-    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+    gate, up = gate.contiguous(), up.contiguous()
+    return _SwiGLU.apply(gate, up) if _differentiated(gate, up) else _gate(gate, up)
 
 
 def scaled(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
     """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
+    x = x.contiguous()
     weight, gate = (None if y is None else y.contiguous() for y in (weight, gate))
-    return _Scaled.apply(x.contiguous(), weight, gate, divisor, eps)
+    if _differentiated(x, weight, gate):
+        return _Scaled.apply(x, weight, gate, divisor, eps)
+    return _scale(x, weight, gate, None, divisor, eps)
 
 
 def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
@@ -69,14 +77,28 @@ def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
     return _Convolution.apply(x.contiguous(), past.detach().clone(memory_format=torch.contiguous_format), taps)
 
 
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    out, count = torch.empty_like(gate), gate.numel()
+    _call("holdfast_swiglu", gate, up, out, count, *team_for(count, count))
+    return out
+
+
+def _scale(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, scales: Tensor | None, divisor: float, eps: float
+) -> Tensor:
+    """`scaled`; into scales [rows], where given, go the factors on rows of x."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // width
+    team = team_for(x.numel(), rows)
+    _call("holdfast_scaled", x, weight, gate, out, scales, rows, width, divisor, eps, *team)
+    return out
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        count = gate.numel()
-        _call("holdfast_swiglu", gate, up, out, count, *team_for(count, count))
-        return out
+        return _gate(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,14 +115,10 @@ class _SwiGLU(torch.autograd.Function):
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
-        width = x.shape[-1]
-        rows = x.numel() // width
-        out, scales = torch.empty_like(x), x.new_empty(rows)
-        team = team_for(x.numel(), rows)
-        _call("holdfast_scaled", x, weight, gate, out, scales, rows, width, divisor, eps, *team)
+        scales = x.new_empty(x.numel() // x.shape[-1])
         ctx.save_for_backward(x, weight, gate, scales)
         ctx.settings = divisor, eps
-        return out
+        return _scale(x, weight, gate, scales, divisor, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.ops import fused, one_token
+from holdfast.ops import fused
 from holdfast.ops.precision import compute_dtype
 
 
@@ -19,8 +19,6 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         Same shape and dtype as x; computed in float32 (float64 for float64).
     """
-    if one_token.serves(x):
-        return one_token.norm(x, None, None, 1.0, eps)
     if fused.serves(x):
         return fused.scaled(x, None, None, 1.0, eps)
     y = x.to(compute_dtype(x))
@@ -42,8 +40,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: weight is not [D].
     """
     _check(x, weight)
-    if one_token.serves(x, weight):
-        return one_token.norm(x, weight, None, x.shape[-1], eps)
     if fused.serves(x, weight):
         return fused.scaled(x, weight, None, x.shape[-1], eps)
     return _weighted_rms(x, weight, eps).to(x.dtype)
@@ -69,8 +65,6 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -
             f"gate has shape {list(gate.shape)} but x has {list(x.shape)}: give one gate per element of x."
         )
     _check(x, weight)
-    if one_token.serves(x, gate, weight):
-        return one_token.norm(x, weight, gate, x.shape[-1], eps)
     if fused.serves(x, weight, gate):
         return fused.scaled(x, weight, gate, x.shape[-1], eps)
     y = _weighted_rms(x, weight, eps)

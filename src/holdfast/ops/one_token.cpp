@@ -105,19 +105,6 @@ void holdfast_linear(const float* x, const float* weight, const float* bias, flo
   });
 }
 
-// x [rows, width] * (sum of squares / divisor + eps)^-1/2, times weight [width] and SiLU(gate [rows, width]), if given.
-void holdfast_norm(const float* x, const float* weight, const float* gate, float* out, int64_t rows, int64_t width,
-                   float divisor, float eps) {
-  for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
-    float squares;
-    dots(1, x, x, width, &squares);
-    const float scale = 1 / std::sqrt(squares / divisor + eps);
-    for (int64_t c = 0; c < width; ++c) out[c] = x[c] * scale * (weight ? weight[c] : 1.0f);
-    if (gate)
-      for (int64_t c = 0; c < width; ++c) out[c] *= silu(gate[row * width + c]);
-  }
-}
-
 // The two halves of the channels of x [tokens, heads, 2 * half] turned by the angles of cos and sin [tokens, half].
 void holdfast_rotate(const float* x, const float* cos, const float* sin, float* __restrict__ out, int64_t tokens,
                      int64_t heads, int64_t half) {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
 from holdfast.ops.threads import TEAM, team_for
 
-__all__ = ["convolve", "delta", "linear", "norm", "rotate", "score", "serves", "step"]
+__all__ = ["convolve", "delta", "linear", "rotate", "score", "serves", "step"]
 
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
@@ -25,7 +25,6 @@ _LARGEST = 1 << 16
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "holdfast_norm": [_P] * 4 + [_I] * 2 + [_F] * 2,
     "holdfast_convolve": [_P] * 5 + [_I] * 4,
     "holdfast_delta": [_P] * 8 + [_I] * 5 + [_F],
     "holdfast_linear": [_P] * 4 + [_I] * 2 + [_P, _I],
@@ -53,14 +52,6 @@ def serves(*tensors: Tensor | None) -> bool:
         if gradient and x.requires_grad:
             return False
     return _functions.are_there()
-
-
-def norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float, eps: float) -> Tensor:
-    """x [..., D] · (Σx² / divisor + eps)^-½, times weight [D] and SiLU(gate [..., D]) where given."""
-    out, width = torch.empty_like(x), x.shape[-1]
-    rows = x.numel() // width if width else 0
-    _call("holdfast_norm", x, weight, gate, out, rows, width, divisor, eps)
-    return out
 
 
 def convolve(x: Tensor, weight: Tensor, state: Tensor, activation: bool) -> tuple[Tensor, Tensor]:
