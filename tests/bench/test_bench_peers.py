@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from holdfast.bench import peers
-from holdfast.bench.ops import BUDGET, CAUSAL, UNCAPPED, AttentionSize, attention_work, random_inputs, visible_until
+from holdfast.bench.ops import (
+    BUDGET,
+    CAUSAL,
+    CAUSAL_BY_TIME,
+    GIVEN,
+    UNCAPPED,
+    AttentionSize,
+    attention_work,
+    random_inputs,
+    visible_until,
+)
 from holdfast.bench.sparse import SPARSE, SparseSize, pairs_read, sparse_work
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.native_sparse_attention import native_sparse_attention
@@ -70,11 +80,11 @@ def test_a_store_that_holds_everything_keeps_everything() -> None:
         assert (visible_until(name, scores, large) == FOREVER).all()
 
 
-@pytest.mark.parametrize("name", [BUDGET, UNCAPPED, CAUSAL])
+@pytest.mark.parametrize("name", [BUDGET, UNCAPPED, GIVEN, CAUSAL, CAUSAL_BY_TIME])
 def test_the_work_gives_outputs_and_gradients(name: str) -> None:
     """Of the library's and of SDPA, against the reference, whatever the layout that each of them likes."""
     inputs = random_inputs(SIZE)
-    until = None if name == CAUSAL else visible_until(name, inputs.scores, SIZE)
+    until = None if name in (CAUSAL, CAUSAL_BY_TIME) else visible_until(name, inputs.scores, SIZE)
     q, k, v = (x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = retained_attention(q, k, v, until, None, backend="reference")
     gradients = torch.autograd.grad(out, (q, k, v), inputs.grad)

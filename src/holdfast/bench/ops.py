@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.bench import peers
 from holdfast.bench.memory import peak_bytes
-from holdfast.bench.peers import CAUSAL
+from holdfast.bench.peers import CAUSAL, CAUSAL_BY_TIME
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import PASSES, WARM_UP_TOKENS, OpsSettings
 from holdfast.bench.setup import Setup
@@ -21,11 +21,14 @@ from holdfast.bench.timing import Variant
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import l2_norm
 from holdfast.ops.retained_attention import retained_attention
-from holdfast.ops.retention import streaming_retention
+from holdfast.ops.retention import FOREVER, streaming_retention
 
 __all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops", "visible_until"]
 
 BUDGET, UNCAPPED, FLEX = "holdfast, budget", "holdfast, uncapped", "flex attention"
+GIVEN = "holdfast, visible_until given"
+"""Of sequences too short for an eviction, beside SDPA: without the budget's part."""
+_SHORT = 256  # tokens up to which that is measured
 
 
 def run_ops(settings: OpsSettings) -> Report:
@@ -93,7 +96,7 @@ class AttentionInputs:
     def pairs(self, name: str) -> int:
         """Pairs of a query and a key that it sees, over batch and query heads."""
         size = self.size
-        if name == CAUSAL:
+        if name in (CAUSAL, CAUSAL_BY_TIME):
             return size.batch * size.heads * size.tokens * (size.tokens + 1) // 2
         until = visible_until(name, self.scores, size).clamp(max=size.tokens - 1)
         first = torch.arange(size.tokens, device=until.device)[:, None]
@@ -115,8 +118,10 @@ def random_inputs(size: AttentionSize) -> AttentionInputs:
 
 def visible_until(name: str, scores: Tensor, size: AttentionSize) -> Tensor:
     """int64 [B, T, Hkv]. With a budget every positive score competes for the slots; without one, `kept` keys per head
-    score above 0 in expectation.
+    score above 0 in expectation. `GIVEN`: all stay.
     """
+    if name == GIVEN:
+        return torch.full(scores.shape, FOREVER, device=scores.device)
     if name != UNCAPPED:
         return streaming_retention(scores, size.kept, size.window)
     share = torch.tensor(1 - min(size.kept / size.tokens, 1.0))
@@ -125,18 +130,22 @@ def visible_until(name: str, scores: Tensor, size: AttentionSize) -> Tensor:
 
 def attention_work(name: str, inputs: AttentionInputs, backward: bool) -> Callable[[], Any]:
     """A function that computes the output, and the gradients with `backward`; building a mask belongs to the work."""
-    ours = name in (BUDGET, UNCAPPED)
+    by_time = name in (BUDGET, UNCAPPED, GIVEN, CAUSAL_BY_TIME)
     # Each implementation gets the layout that it likes, so that none pays for a copy.
-    tensors = [x if ours else x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.grad)]
+    tensors = [x if by_time else x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.grad)]
     q, k, v = (x.requires_grad_(backward) for x in (x.detach() for x in tensors[:3]))
     grad, scores, size = tensors[3], inputs.scores, inputs.size  # and not the inputs, so that copied ones can go
+    given = visible_until(name, scores, size) if name == GIVEN else None
 
     def forward() -> Tensor:
         if name == CAUSAL:
             return peers.causal_attention(q, k, v)
+        if name == CAUSAL_BY_TIME:
+            return peers.causal_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         if name == FLEX:
             return peers.flex_attention(q, k, v, visible_until(name, scores, size))
-        return retained_attention(q, k, v, visible_until(name, scores, size), size.window)
+        until = visible_until(name, scores, size) if given is None else given
+        return retained_attention(q, k, v, until, size.window)
 
     def forward_and_backward() -> object:
         return torch.autograd.grad(forward(), (q, k, v), grad)
@@ -151,8 +160,9 @@ def _work_once(name: str, size: AttentionSize, backward: bool) -> None:
 
 def _attention_cases(setup: Setup[OpsSettings], size: AttentionSize) -> Iterator[Case]:
     settings, device, inputs = setup.settings, setup.device, random_inputs(size)
-    others = [CAUSAL, *([FLEX] if device.type == "cuda" else [])]
-    names = [BUDGET, UNCAPPED, *(others if settings.peers else [])]
+    short = size.tokens <= _SHORT
+    others = [CAUSAL, *([CAUSAL_BY_TIME] if short else []), *([FLEX] if device.type == "cuda" else [])]
+    names = [BUDGET, UNCAPPED, *([GIVEN] if short else []), *(others if settings.peers else [])]
     pairs = {name: inputs.pairs(name) for name in names}
     small = dataclasses.replace(size, tokens=min(size.tokens, WARM_UP_TOKENS))
     for label, backward in PASSES.items():
@@ -177,7 +187,7 @@ def _attention_bytes(inputs: AttentionInputs, name: str, backward: bool) -> int:
     """Inputs read once and outputs written once, in each pass."""
     query, pair = inputs.q.nbytes, inputs.k.nbytes + inputs.v.nbytes
     count = 2 * query + pair
-    if name != CAUSAL:  # the scores, and `visible_until` written and read
+    if name not in (CAUSAL, CAUSAL_BY_TIME):  # the scores, and `visible_until` written and read
         count += inputs.scores.nbytes + 16 * inputs.scores.numel()
     # Backward: q, k, v, the output and its gradient are read; three gradients are written.
     return count + (4 * query + 2 * pair if backward else 0)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["CAUSAL", "causal_attention", "delta_rule_peers", "flex_attention"]
+__all__ = ["CAUSAL", "CAUSAL_BY_TIME", "causal_attention", "delta_rule_peers", "flex_attention"]
 
 DeltaRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 CAUSAL = "SDPA, causal"
 """How results call `causal_attention`."""
+CAUSAL_BY_TIME = "SDPA, causal, by time"
+"""The same on tensors [B, T, H, D], as a model's projections give them."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ It needs no Trainer: in a loop of your own it is one line to build and one line 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,8 +20,6 @@ from transformers.utils import logging
 from holdfast.settings import from_mapping
 
 logger = logging.get_logger(__name__)
-
-_FURTHEST = 3  # beyond 2^±3 of the budget, changes are not worth damping
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ class ControllerConfig:
     The published penalty only lowers scores: a head that has fallen below b waits for the model's loss to lift it. A
     head that cannot keep b pairs, for no more positions are scored, is not lifted."""
     proportional: bool = False
-    """Take the factors to the power |log2(kept / b)|, at most 1: whole only for a head that keeps at least twice the
-    budget or at most half of it, and the smaller, the nearer it is. The published rule takes whole factors always."""
+    """Move λ in proportion to the distance e = log2(kept / b), held within ±1, in place of by whole factors: by
+    `increase` to the power e. `decrease` and `tolerance` then do not count."""
     damping: float = 0.0
-    """With `proportional`: how much more the change of log2(kept / b) since the last update counts than log2(kept / b)
-    itself. λ then gives way before a head has reached its budget, and heads do not swing about it."""
+    """With `proportional`: λ also answers to the distance as it is, by as much as so many updates would add up to, and
+    takes that back as a head comes near. Without it, heads that move at a pace of their own swing about the budget."""
     sharing: Literal["head", "layer", "all"] = "head"
     """Whether each head has its own λ, or the heads of a layer, or all heads, share one (by their mean count)."""
 
@@ -79,8 +78,6 @@ class ControllerConfig:
             raise ValueError(f"increase and decrease are factors above 1, got {self.increase} and {self.decrease}.")
         if not 0 < self.tolerance[0] <= self.tolerance[1]:
             raise ValueError(f"tolerance must be (lo, hi) with 0 < lo <= hi, got {self.tolerance}.")
-        if self.proportional and not self.tolerance[0] <= 1 <= self.tolerance[1]:
-            raise ValueError(f"with proportional, tolerance must contain 1, got {self.tolerance}.")
         if not self.damping >= 0 or (self.damping and not self.proportional):
             raise ValueError(f"damping must be 0 or more, and 0 without proportional, got {self.damping}.")
         if self.sharing not in ("head", "layer", "all"):
@@ -136,7 +133,7 @@ class BudgetController:
         self.budget = budget or self.config.budget or _budget_of(model_config)
         self.process_group = process_group
         self.steps = 0
-        self._distance: Tensor | None = None  # log2(kept / b) at the last update
+        self._integral: Tensor | None = None  # of the proportional rule: what its updates add up to
         self._owner = _buffer_owner(model)
 
     @property
@@ -172,21 +169,22 @@ class BudgetController:
         self.steps += 1
         elapsed = self.steps - self.config.initial_steps
         if elapsed > 0 and elapsed % self.config.interval == 0:
-            self._update(elapsed == self.config.interval, self._can_be_lifted(positions))
+            start = self.config.initial if elapsed == self.config.interval else self.config.minimum
+            self._update(start, self._can_be_lifted(positions))
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs besides the model's buffers, ready for JSON: steps taken, and what damping remembers."""
-        return {"steps": self.steps, "distance": None if self._distance is None else self._distance.tolist()}
+        """What resuming needs besides the model's buffers, ready for JSON: steps, and the proportional rule's sum."""
+        return {"steps": self.steps, "integral": None if self._integral is None else self._integral.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; the buffers come back with the model's own weights."""
         self.steps = int(state["steps"])
-        distance = state.get("distance")
-        self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float32)
+        integral = state.get("integral")
+        self._integral = None if integral is None else torch.tensor(integral, dtype=torch.float32)
         expected = _shared(self.average_kept, self.config.sharing, torch.mean).shape
-        if self._distance is not None and self._distance.shape != expected:
+        if self._integral is not None and self._integral.shape != expected:
             raise ValueError(
-                f"the saved state is of a controller for {tuple(self._distance.shape)} values of λ, this one has "
+                f"the saved state is of a controller for {tuple(self._integral.shape)} values of λ, this one has "
                 f"{tuple(expected)}: the model or `sharing` differs."
             )
 
@@ -197,45 +195,53 @@ class BudgetController:
         counted = torch.as_tensor(positions, dtype=torch.float32, device=self.average_kept.device)
         return mean_over_ranks(counted, self.process_group) > self.budget
 
-    def _update(self, is_first: bool, liftable: bool | Tensor) -> None:
+    def _update(self, start: float, liftable: bool | Tensor) -> None:
         config, penalty = self.config, self.penalty
         kept = _shared(self.average_kept, config.sharing, torch.mean)
         previous = _shared(penalty if config.two_sided else penalty.clamp(min=0), config.sharing, _strongest)
+        rule = self._in_proportion if config.proportional else self._by_factors
+        penalty.copy_(rule(kept, previous, start, liftable).expand_as(penalty))
+
+    def _by_factors(self, kept: Tensor, previous: Tensor, start: float, liftable: bool | Tensor) -> Tensor:
+        """λ by the published rule; from 0 it rises to `start`."""
+        config = self.config
         too_large = kept > config.tolerance[0] * self.budget
         too_small = kept < config.tolerance[1] * self.budget
-        power: float | Tensor = 1.0
-        may_start: bool | Tensor = True
-        if config.proportional:
-            # Else λ would jump from -minimum to +minimum and back with every wink of a head that is at its budget.
-            may_start = (previous == 0) & ~(too_large & too_small)
-            push = self._push(kept, too_large & too_small)
-            too_large, too_small, power = push > 0, push < 0, push.abs()
         # A negative λ obeys the same rule with the roles exchanged: it grows where a head keeps too few.
         lifts = previous < 0
         size = previous.abs()
         grows = torch.where(lifts, too_small & liftable, too_large)
         shrinks = torch.where(lifts, too_large, too_small)
-        changed = torch.where(grows & ~shrinks, size * config.increase**power, size)
-        changed = torch.where(shrinks & ~grows, size / config.decrease**power, changed)
+        changed = torch.where(grows & ~shrinks, size * config.increase, size)
+        changed = torch.where(shrinks & ~grows, size / config.decrease, changed)
         changed = changed.clamp(max=config.maximum)
         changed = torch.where(changed < config.minimum, 0.0, changed) * torch.where(lifts, -1.0, 1.0)
-        start = config.initial if is_first else config.minimum
-        idle = (changed == 0) & may_start
+        idle = changed == 0
         changed = torch.where(idle & too_large, start, changed)
         if config.two_sided:
             changed = torch.where(idle & too_small & ~too_large & liftable, -start, changed)
-        penalty.copy_(changed.expand_as(penalty))
+        return changed
 
-    def _push(self, kept: Tensor, fits: Tensor) -> Tensor:
-        """The exponent of a factor on λ, in [-1, 1], negative where λ is to fall; `fits`: within the tolerance.
+    def _in_proportion(self, kept: Tensor, previous: Tensor, start: float, liftable: bool | Tensor) -> Tensor:
+        """λ = minimum · sinh(I + damping · x), where x = log(increase) · e and I is the sum of all x so far.
 
-        Remembers the distance from the budget, for the next.
+        Far from 0, adding to the argument multiplies λ; near it, λ changes sign without a jump.
         """
-        distance = (kept / self.budget).clamp(2**-_FURTHEST, 2**_FURTHEST).log2()
-        before = distance if self._distance is None else self._distance.to(distance.device)
-        self._distance = distance
-        push = distance.masked_fill(fits, 0.0) + self.config.damping * (distance - before)
-        return push.clamp(-1, 1)
+        config = self.config
+        strongest = math.asinh(config.maximum / config.minimum)
+        sum_before = torch.asinh(previous / config.minimum)
+        if self._integral is not None:
+            sum_before = self._integral.to(kept.device)
+        change = math.log(config.increase) * (kept / self.budget).clamp(0.5, 2.0).log2()
+        # A head that cannot be lifted is not pushed up any further than it is.
+        lowest = torch.full_like(change, -strongest if config.two_sided else 0.0)
+        lowest = torch.where(torch.as_tensor(liftable, device=kept.device), lowest, sum_before.clamp(max=0.0))
+        added = sum_before + change
+        if start > config.minimum:
+            added = torch.where(sum_before == 0, change.sign() * math.asinh(start / config.minimum), added)
+        self._integral = added.clamp(max=strongest).maximum(lowest)
+        argument = (self._integral + config.damping * change).clamp(max=strongest).maximum(lowest)
+        return config.minimum * torch.sinh(argument)
 
     def _buffer(self, name: str) -> Tensor:
         # Looked up each time: moving a model replaces its buffers, and casting it would lower these to bf16, in which

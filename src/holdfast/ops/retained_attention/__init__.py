@@ -95,17 +95,21 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, wind
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None) -> Tensor | None:
-    """Refuse what does not fit; return `visible_until` with all its heads."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have the shape [B, T, heads, D], not {list(tensor.shape)}.")
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one floating dtype, but {name} is {tensor.dtype} and q {q.dtype}.")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device.")
+    """Refuse what does not fit; return `visible_until` with all its heads.
+
+    One condition each for all three tensors: beside the attention of one token, a loop over them is not cheap.
+    """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            f"q, k and v must have the shape [B, T, heads, D], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise TypeError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}: move them to one device.")
     batch, queries, heads, dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    if k.shape[0] != batch or k.shape[3] != dim or v.shape[:3] != k.shape[:3]:
+    key_batch, keys, kv_heads, key_dim = k.shape
+    if key_batch != batch or key_dim != dim or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: "
             "expected [B, Tq, H, D], [B, Tk, Hkv, D] and [B, Tk, Hkv, Dv]."
@@ -124,7 +128,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window
         raise TypeError(f"visible_until must be int64, not {visible_until.dtype}.")
     if visible_until.device != q.device:
         raise ValueError(f"visible_until is on {visible_until.device} and q on {q.device}: move them to one device.")
-    if visible_until.shape not in ((batch, keys, kv_heads), (batch, keys, 1)):
+    if visible_until.shape == (batch, keys, kv_heads):
+        return visible_until
+    if visible_until.shape != (batch, keys, 1):
         raise ValueError(
             f"visible_until must have the shape {[batch, keys, kv_heads]} or {[batch, keys, 1]}, "
             f"not {list(visible_until.shape)}."

@@ -61,7 +61,7 @@ def _is_causal(visible_until: Tensor | None, window: int | None, length: int) ->
         return window is None or window >= length - 1
     if length > _FEW_TOKENS or type(visible_until) is not Tensor or torch.compiler.is_compiling():
         return False
-    return visible_until.device.type == "cpu" and visible_until.numel() > 0 and int(visible_until.min()) >= length - 1
+    return visible_until.is_cpu and visible_until.numel() > 0 and visible_until.min().item() >= length - 1
 
 
 def _few_queries(
