@@ -3,18 +3,22 @@
     holdfast demo --seed 0 --output runs/demo0    # and seeds 1 and 2
     python benchmarks/needle_study.py runs/demo0 runs/demo1 runs/demo2
 
-The variants of the scorer are trained first, into runs/scorers, where finished ones are used again.
+The variants of the scorer, and models whose λ is steered to a budget, are trained first, into runs/needle-study, where
+finished ones are used again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from books_study import course
 
 from holdfast.cli.common import quieten_transformers, read_model, read_task
 from holdfast.data.turns import NeedleTurns, TurnPlan
@@ -23,6 +27,7 @@ from holdfast.evaluation.scorers import scoring
 from holdfast.evaluation.turns import evaluate_turns
 from holdfast.files import write_json
 from holdfast.machine import describe_machine
+from holdfast.training.history import read_history
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("needle-gdn", "needle-gdn-swa", "needle-lalte", "needle-lansa", "needle-gdn-full")
@@ -31,10 +36,25 @@ TIMES = (1, 2, 4, 8)
 BUDGETS = (8, 16, 24, 32, 40, 64)
 _KERNEL, _DILATION = (f"--model.mixer-options.learned-eviction.conv-{part}" for part in ("size", "dilation"))
 VARIANTS = {
+    "CNN, R = 13": [],
     "CNN, R = 7": [_DILATION, "1", "1", "1"],
     "CNN, R = 13, no deferral": ["--model.mixer-options.learned-eviction.scorer-causal"],
     "MLP, no context": [_KERNEL, "1", "1", "1", _DILATION, "1", "1", "1"],
 }
+_BUDGET = "--model.mixer-options.learned-eviction.budget"
+STEERED = {
+    "b = 16": [_BUDGET, "16"],
+    "b = 64": [_BUDGET, "64"],
+    "b = 256": [
+        _BUDGET,
+        "256",
+        "--data.task.length",
+        "512",
+        "--data.curriculum",
+        *["0", "4", "24", "280", "8", "48", "400", "16", "512"],
+    ],
+}
+"""Steered to a budget; 256 pairs want more than 128 tokens."""
 
 
 def lengths(run: Path) -> list[dict[str, Any]]:
@@ -68,15 +88,21 @@ def budgets(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def trained(variant: str, seed: int, folder: Path) -> Path:
-    """The run of a laLTE with another scorer, trained if it is not there yet."""
-    folder = folder / f"{variant.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
-    run = folder / "needle-lalte"
-    if not (run / "model.safetensors").is_file():
-        command = [sys.executable, "-m", "holdfast.cli", "train", "needle-lalte", "--training.seed", str(seed)]
-        command += [*VARIANTS[variant], "--output.directory", str(folder), "--output.overwrite"]
-        subprocess.run(command, check=True)
-    return run
+def steered(run: Path) -> dict[str, Any]:
+    """Pairs that each head kept over the last steps, the course of them, and accuracy."""
+    result = evaluate_needle(read_model(run), read_task(run))
+    return course(read_history(run)) | {"within": result.within.to_dict(), "beyond": result.beyond.to_dict()}
+
+
+def trained(recipe: str, variants: Mapping[str, list[str]], seeds: int, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The runs of `recipe` with the settings of each variant, trained if they are not there yet."""
+    for name, seed in itertools.product(variants, range(seeds)):
+        place = folder / f"{name.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
+        if not (place / recipe / "model.safetensors").is_file():
+            command = [sys.executable, "-m", "holdfast.cli", "train", recipe, "--training.seed", str(seed)]
+            command += [*variants[name], "--output.directory", str(place), "--output.overwrite"]
+            subprocess.run(command, check=True)
+        yield name, place / recipe
 
 
 def study(what: str, measure: Callable[[Path], Any], runs: Iterable[tuple[str, Path]]) -> dict[str, Any]:
@@ -90,9 +116,10 @@ def study(what: str, measure: Callable[[Path], Any], runs: Iterable[tuple[str, P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demos", nargs="+", type=Path, help="directories of demos, one per seed")
-    parser.add_argument("--scorers", type=Path, default=Path("runs/scorers"), help="where variants are trained")
-    parser.add_argument("--parts", nargs="+", default=["lengths", "turns", "variants"])
+    parser.add_argument("demos", nargs="*", type=Path, help="directories of demos, one per seed")
+    parser.add_argument("--runs", type=Path, default=Path("runs/needle-study"), help="where variants are trained")
+    parser.add_argument("--seeds", type=int, default=3, help="of the variants")
+    parser.add_argument("--parts", nargs="+", default=["lengths", "turns", "variants", "steered"])
     given = parser.parse_args()
     quieten_transformers()
     runs = [(name, demo / name) for name in MODELS for demo in given.demos]
@@ -103,12 +130,13 @@ def main() -> None:
         what = "facts of earlier turns: 8 turns, 4 pairs told and 2 asked for in each, 128 conversations"
         write_json(RESULTS / "turns.json", study(what, turns, runs))
     if "variants" in given.parts:
-        variants = [("CNN, R = 13", demo / "needle-lalte") for demo in given.demos]
-        variants += [
-            (name, trained(name, seed, given.scorers)) for name in VARIANTS for seed in range(len(given.demos))
-        ]
         what = "accuracy beyond the window of laLTE with other scorers, trained with 40 slots, by budget, 512 samples"
+        variants = trained("needle-lalte", VARIANTS, given.seeds, given.runs)
         write_json(RESULTS / "scorer-variants.json", study(what, budgets, variants))
+    if "steered" in given.parts:
+        what = "pairs that heads keep at the end of training, steered to a budget, on the needle task"
+        runs_by_budget = trained("needle-lalte-steered", STEERED, given.seeds, given.runs)
+        write_json(RESULTS / "needle-steered.json", study(what, steered, runs_by_budget))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from holdfast.bench.controller import SimulatedHeads, plot_controller_study, stu
 from holdfast.bench.settings import ControllerStudySettings
 from holdfast.cli import main
 
-QUIET = {"positions": 200, "valued": 1e-3, "walk": 0.0, "noise": 0.0, "seed": 0}
+QUIET = {"positions": 200, "valued": 1e-3, "walk": 0.0, "noise": 0.0, "shared_noise": 0.0, "seed": 0}
 SMALL = ControllerStudySettings(
     intervals=(4,),
     tolerances=((0.9, 1.1),),
@@ -21,6 +21,7 @@ SMALL = ControllerStudySettings(
     paces=(),
     heads=3,
     steps=1500,
+    shared_noise=0.0,
 )
 
 
@@ -52,13 +53,14 @@ def test_damping_settles_heads_with_a_pace() -> None:
         intervals=(8,),
         tolerances=((0.95, 1.0),),
         factors=((1.3, 1.3),),
-        dampings=(None, 0.0, 6.0),
+        dampings=(None, 0.0, 4.0),
         time_constants=(),
         paces=(0.1,),
         steps=3000,
     )
     whole, proportional, damped = study_controller(settings, progress=False)["cases"]
-    assert (whole["proportional"], proportional["damping"], damped["damping"]) == (False, 0.0, 6.0)
+    assert [case["damping"] for case in (whole, proportional, damped)] == [None, 0.0, 4.0]
+    assert (whole["tolerance"], proportional["tolerance"], damped["factors"]) == ((0.95, 1.0), None, (1.3,))
     assert whole["within"] < 0.3
     assert proportional["within"] < 0.7
     assert damped["within"] > 0.8
@@ -80,7 +82,7 @@ def test_proportional_factors_stay_nearer_and_are_as_quick() -> None:
     published = {"intervals": (8,), "tolerances": ((0.95, 1.0),), "factors": ((1.5, 2.0),)}
     settings = dataclasses.replace(SMALL, **published, dampings=(None, 0.0), steps=3000)
     whole, _, proportional, _ = study_controller(settings, progress=False)["cases"]
-    assert (whole["proportional"], proportional["proportional"]) == (False, True)
+    assert (whole["damping"], proportional["damping"]) == (None, 0.0)
     assert proportional["reached"] < 1.1 * whole["reached"]
     assert whole["within"] < 0.6
     assert proportional["within"] > 0.9

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from holdfast.machine import describe_machine
 from holdfast.pictures import picture
 from holdfast.training import BudgetController, ControllerConfig
 
-__all__ = ["SimulatedHeads", "plot_controller_study", "study_controller"]
+__all__ = ["SimulatedHeads", "name_rule", "plot_controller_study", "study_controller"]
 
 _NEAR = 0.1  # of the budget: what counts as keeping it
 _SURE = 6.0  # log-odds beyond which heads keep all but everything, or all but nothing
@@ -34,7 +34,7 @@ class SimulatedHeads(nn.Module):
     y ← y + (y* − y)/τ, y* = −log(λ/λ₀), so at λ = λ₀ it comes to keep half of its pairs. A head with a pace is moved as
     Adam moves a scorer, as fast whatever the size of a gradient: y ← y + pace · m, where m is the running mean over ten
     steps of (w − λ)/(w + |λ|) and w = λ₀·e^(−y/2) what a pair is worth, more where fewer are kept. log λ₀ goes on a
-    random walk as the model learns, and what is counted in a step varies with the batch.
+    random walk as the model learns, and what is counted in a step varies with the batch, of each head and of all.
 
     Args:
         time_constants: τ in steps, one per row.
@@ -44,6 +44,7 @@ class SimulatedHeads(nn.Module):
         valued: λ₀ at the start.
         walk: standard deviation of log λ₀ after 1,000 steps.
         noise: relative standard deviation of a count.
+        shared_noise: of what the batch does to the counts of all heads alike.
         seed: of walk and noise.
     """
 
@@ -60,13 +61,15 @@ class SimulatedHeads(nn.Module):
         valued: float,
         walk: float,
         noise: float,
+        shared_noise: float,
         seed: int,
     ) -> None:
         super().__init__()
         shape = (len(time_constants) + len(paces), heads)
         self.register_buffer("l1_lambda", torch.zeros(shape))
         self.register_buffer("num_kept", torch.zeros(shape))
-        self.positions, self.noise, self.step_of_walk = positions, noise, walk / math.sqrt(1000)
+        self.positions, self.step_of_walk = positions, walk / math.sqrt(1000)
+        self.noise, self.shared_noise = noise, shared_noise
         self._rate = 1 / torch.tensor(time_constants)[:, None]
         self._pace = torch.tensor(paces)[:, None]
         self._speed = torch.zeros(len(paces), heads)
@@ -77,6 +80,7 @@ class SimulatedHeads(nn.Module):
     def step(self) -> tuple[Tensor, Tensor]:
         """One step of training: pairs kept on average, and as counted in this batch; [N, n] each."""
         walk, luck = torch.randn(2, *self._log_odds.shape, generator=self._generator)
+        luck = self.noise * luck + self.shared_noise * torch.randn((), generator=self._generator)
         self._log_valued += self.step_of_walk * walk
         drawn = slice(len(self._rate))
         wanted = (self._log_valued[drawn] - self.l1_lambda[drawn].clamp(min=1e-12).log()).clamp(max=_SURE)
@@ -86,7 +90,7 @@ class SimulatedHeads(nn.Module):
         self._speed += ((worth - penalty) / (worth + penalty.abs()) - self._speed) / 10
         self._log_odds[driven] = (self._log_odds[driven] + self._pace * self._speed).clamp(-_SURE, _SURE)
         kept = self.positions * torch.sigmoid(self._log_odds)
-        return kept, (kept * (1 + self.noise * luck)).clamp(0, self.positions)
+        return kept, (kept * (1 + luck)).clamp(0, self.positions)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ class ControllerCase:
     """What one setting of the rule did to heads of one time constant; medians over the heads.
 
     Attributes:
-        interval, tolerance, factors, proportional, damping: of the rule; the factors are α and the divisor.
+        interval: u, of the rule.
+        tolerance: of the rule; None: it is proportional, and has none.
+        factors: of the rule, α and the divisor; α alone of a proportional one.
+        damping: of the proportional rule.
         time_constant: τ of the heads, in steps, or None.
         pace: theirs, in log-odds per step, or None.
         reached: the first step at which a head keeps within a tenth of the budget; None: never.
@@ -104,10 +111,9 @@ class ControllerCase:
     """
 
     interval: int
-    tolerance: tuple[float, float]
-    factors: tuple[float, float]
-    proportional: bool
-    damping: float
+    tolerance: tuple[float, float] | None
+    factors: tuple[float, ...]
+    damping: float | None
     time_constant: float | None
     pace: float | None
     reached: int | None
@@ -117,29 +123,33 @@ class ControllerCase:
 
 
 def study_controller(settings: ControllerStudySettings, *, progress: bool = True) -> dict[str, Any]:
-    """Run the rule itself with every interval, tolerance and pair of factors on the same simulated heads.
+    """Run the published rule with every interval, tolerance and pair of factors, and the proportional one with every
+    interval, α and damping, on the same simulated heads.
 
     Returns:
         `settings`, `machine` and `cases`, ready for JSON.
     """
     cases: list[ControllerCase] = []
-    grid = list(itertools.product(settings.intervals, settings.tolerances, settings.factors, settings.dampings))
+    increases = dict.fromkeys(increase for increase, _ in settings.factors)
+    grid: list[ControllerConfig] = []
+    for interval, damping in itertools.product(settings.intervals, settings.dampings):
+        rule = ControllerConfig(settings.budget, interval=interval)
+        if damping is None:
+            for tolerance, (increase, decrease) in itertools.product(settings.tolerances, settings.factors):
+                grid.append(replace(rule, tolerance=tolerance, increase=increase, decrease=decrease))
+        else:
+            grid += [replace(rule, increase=a, proportional=True, damping=damping) for a in increases]
     rows = [(constant, None) for constant in settings.time_constants] + [(None, pace) for pace in settings.paces]
-    for interval, tolerance, factors, damping in track(grid, "simulating", progress=progress):
-        rule = ControllerConfig(
-            settings.budget,
-            increase=factors[0],
-            decrease=factors[1],
-            interval=interval,
-            tolerance=tolerance,
-            proportional=damping is not None,
-            damping=damping or 0.0,
-        )
+    for rule in track(grid, "simulating", progress=progress):
         kept = _simulate(settings, rule)
         for row, (constant, pace) in enumerate(rows):
             measured = _measure(kept[:, row] / settings.budget)
-            rule_of_case = (interval, tolerance, factors, rule.proportional, rule.damping)
-            cases.append(ControllerCase(*rule_of_case, constant, pace, *measured))
+            if rule.proportional:
+                case = ControllerCase(rule.interval, None, (rule.increase,), rule.damping, constant, pace, *measured)
+            else:
+                factors = (rule.increase, rule.decrease)
+                case = ControllerCase(rule.interval, rule.tolerance, factors, None, constant, pace, *measured)
+            cases.append(case)
     return {
         "benchmark": "controller",
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name not in _PLACES},
@@ -158,6 +168,7 @@ def _simulate(settings: ControllerStudySettings, config: ControllerConfig) -> Te
         valued=settings.valued,
         walk=settings.walk,
         noise=settings.noise,
+        shared_noise=settings.shared_noise,
         seed=settings.seed,
     )
     controller = BudgetController(heads, config=config)
@@ -187,24 +198,18 @@ def plot_controller_study(study: dict[str, Any], path: str | os.PathLike[str]) -
         study: from `study_controller`, or its JSON.
         path: file to write; its ending gives the format (png, svg, pdf).
     """
-    answers, tolerances, factors, kinds = (
-        list(dict.fromkeys(tuple(map(_hashable, (case[name] for name in names))) for case in study["cases"]))
-        for names in (("time_constant", "pace"), ("tolerance",), ("factors",), ("proportional", "damping"))
+    answers, rules = (
+        list(dict.fromkeys(tuple(_hashable(case[name]) for name in names) for case in study["cases"]))
+        for names in (("time_constant", "pace"), ("tolerance", "factors", "damping"))
     )
     with picture(path, (2.9 * len(answers), 5.6)) as figure:
         panels = figure.subplots(2, len(answers), sharex=True, sharey="row", squeeze=False)
-        lines = list(itertools.product(enumerate(tolerances), enumerate(factors), enumerate(kinds)))
-        for (at, answer), ((colour, (tolerance,)), (style, (factor,)), (marker, kind)) in itertools.product(
-            enumerate(answers), lines
-        ):
-            wanted = {"tolerance": tolerance, "factors": factor, "proportional": kind[0], "damping": kind[1]}
-            wanted |= {"time_constant": answer[0], "pace": answer[1]}
+        for (at, answer), (number, rule) in itertools.product(enumerate(answers), enumerate(rules)):
+            wanted = dict(zip(("time_constant", "pace", "tolerance", "factors", "damping"), answer + rule, strict=True))
             found = [case for case in study["cases"] if all(_hashable(case[key]) == wanted[key] for key in wanted)]
             intervals = [case["interval"] for case in found]
-            look: dict[str, Any] = {"color": f"C{colour}", "linestyle": ("-", "--", ":")[style % 3]}
-            look["marker"] = ".s^v"[marker % 4]
-            look["label"] = f"{tolerance[0]:g} to {tolerance[1]:g}, × {factor[0]:g} or ÷ {factor[1]:g}"
-            look["label"] += ", proportional" * kind[0] + f", damped by {kind[1]:g}" * bool(kind[1])
+            look: dict[str, Any] = {"color": f"C{number}", "marker": ".s^v"[number % 4], "label": name_rule(found[0])}
+            look["linestyle"] = "--" if found[0]["damping"] is None else "-"
             reached = [math.nan if case["reached"] is None else case["reached"] for case in found]
             panels[0][at].plot(intervals, reached, **look)
             panels[1][at].plot(intervals, [100 * case["error"] for case in found], **look)
@@ -224,6 +229,13 @@ def plot_controller_study(study: dict[str, Any], path: str | os.PathLike[str]) -
         named = panels[0][0].get_legend_handles_labels()
         figure.legend(*named, loc="outside lower center", ncols=3, fontsize="x-small")
     return Path(path)
+
+
+def name_rule(case: dict[str, Any]) -> str:
+    """What a case of a study is called in pictures and tables."""
+    if case["damping"] is not None:
+        return f"proportional, {case['factors'][0]:g}" + f", damping {case['damping']:g}" * bool(case["damping"])
+    return "× {:g}, ÷ {:g}, {:g} to {:g}".format(*case["factors"], *case["tolerance"])
 
 
 def _hashable(value: Any) -> Any:

@@ -282,11 +282,11 @@ class ControllerStudySettings:
     intervals: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Steps between updates of λ."""
     tolerances: tuple[tuple[float, float], ...] = ((0.95, 1.0), (0.8, 1.2))
-    """(lo, hi), as shares of the budget."""
+    """(lo, hi) of the published rule, as shares of the budget."""
     factors: tuple[tuple[float, float], ...] = ((1.5, 2.0), (1.3, 1.3))
-    """By which λ is multiplied, and divided."""
-    dampings: tuple[float | None, ...] = (None, 0.0, 6.0)
-    """None: whole factors always. Else in proportion to the distance from the budget, damped so much."""
+    """By which λ is multiplied, and divided; of the proportional rule, the first of each pair."""
+    dampings: tuple[float | None, ...] = (None, 0.0, 4.0)
+    """None: the published rule. A number: λ in proportion to the distance from the budget, damped so much."""
     time_constants: tuple[float, ...] = (20.0, 100.0, 500.0)
     """Steps in which a head comes to what λ leaves it, but for a third."""
     paces: tuple[float, ...] = (0.03, 0.1)
@@ -303,6 +303,8 @@ class ControllerStudySettings:
     """Standard deviation of the logarithm of that after 1,000 steps."""
     noise: float = 0.1
     """Relative standard deviation of a step's count."""
+    shared_noise: float = 0.1
+    """The same of what a batch does to all heads' counts."""
     seed: int = 0
     output: Path | None = None
     """Write all numbers to this .json file."""
@@ -313,7 +315,7 @@ class ControllerStudySettings:
         require_at_least(1, intervals=self.intervals, heads=self.heads, steps=self.steps, budget=self.budget)
         require_at_least(self.budget, positions=self.positions)
         if not (self.tolerances and self.factors and self.dampings):
-            raise ValueError("give a tolerance, a pair of factors, and a damping (None: whole factors).")
+            raise ValueError("give a tolerance, a pair of factors, and a damping (None: the published rule).")
         if (
             not (*self.time_constants, *self.paces)
             or min((1.0, *self.time_constants)) < 1

@@ -95,18 +95,16 @@ def _study(settings: ControllerStudySettings) -> None:
     """Simulate, and show a row for each rule and each kind of heads."""
     _check_plot(settings.plot)
 
-    from holdfast.bench.controller import plot_controller_study, study_controller
+    from holdfast.bench.controller import name_rule, plot_controller_study, study_controller
     from holdfast.files import write_json
 
     study = study_controller(settings)
-    table = Table("u", "tolerance", "× or ÷", "heads", "reached at step", "within 10 %", "typical error", "lowest ÷ b")
+    table = Table("u", "rule", "heads", "reached at step", "within 10 %", "typical error", "lowest ÷ b")
     for case in study["cases"]:
-        pairs = ["{:g}, {:g}".format(*case[name]) for name in ("tolerance", "factors")]
-        pairs[1] += " proportional" * case["proportional"] + f", damped by {case['damping']:g}" * bool(case["damping"])
         heads = f"τ = {case['time_constant']:g}" if case["pace"] is None else f"pace {case['pace']:g}"
         reached = "never" if case["reached"] is None else f"{case['reached']:,}"
         shares = (f"{case['within']:.0%}", f"{case['error']:.0%}", f"{case['lowest']:.2f}")
-        table.add_row(str(case["interval"]), *pairs, heads, reached, *shares)
+        table.add_row(str(case["interval"]), name_rule(case), heads, reached, *shares)
     output_console().print(table)
     if settings.output is not None:
         error_console().print(f"All numbers are in {write_json(settings.output, study)}.", soft_wrap=True)
