@@ -33,6 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("needle-gdn", "needle-gdn-swa", "needle-lalte", "needle-lansa", "needle-gdn-full")
 TIMES = (1, 2, 4, 8)
 """Lengths, in lengths of training."""
+PARTS = ("lengths", "turns", "variants", "steered")
 BUDGETS = (8, 16, 24, 32, 40, 64)
 _KERNEL, _DILATION = (f"--model.mixer-options.learned-eviction.conv-{part}" for part in ("size", "dilation"))
 VARIANTS = {
@@ -48,6 +49,8 @@ STEERED = {
     "b = 256": [
         _BUDGET,
         "256",
+        "--model.max-position-embeddings",
+        "512",
         "--data.task.length",
         "512",
         "--data.curriculum",
@@ -119,8 +122,10 @@ def main() -> None:
     parser.add_argument("demos", nargs="*", type=Path, help="directories of demos, one per seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/needle-study"), help="where variants are trained")
     parser.add_argument("--seeds", type=int, default=3, help="of the variants")
-    parser.add_argument("--parts", nargs="+", default=["lengths", "turns", "variants", "steered"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     given = parser.parse_args()
+    if not given.demos and {"lengths", "turns"} & {*given.parts}:
+        parser.error("lengths and turns are measured of demos: name their directories, or other --parts.")
     quieten_transformers()
     runs = [(name, demo / name) for name in MODELS for demo in given.demos]
     if "lengths" in given.parts:

@@ -163,6 +163,10 @@ def test_a_state_of_another_model_is_refused():
     other = BudgetController(Buffers(2, 3), config=dataclasses.replace(config, sharing="layer"))
     with pytest.raises(ValueError, match=re.escape("for (2, 3) values of λ, this one has (2, 1)")):
         other.load_state_dict(controller.state_dict())
+    assert other.state_dict() == {"steps": 0, "distance": None}
+    published = BudgetController(Buffers(2, 3), config=ControllerConfig(32, sharing="layer"))
+    published.load_state_dict(controller.state_dict())  # whose rule needs no distance
+    assert published.state_dict() == {"steps": 1, "distance": None}
 
 
 def test_a_trained_model_keeps_its_lambda():
@@ -184,17 +188,23 @@ def test_lambda_waits_for_the_initial_steps():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["head", "layer", "all"]), st.integers(1, 5))
-def test_lambda_stays_in_range_and_is_shared(seed, sharing, interval):
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["head", "layer", "all"]),
+    st.integers(1, 5),
+    st.sampled_from([{}, {"proportional": True, "damping": 4.0}]),
+)
+def test_lambda_stays_in_range_and_is_shared(seed, sharing, interval, rule):
     generator = torch.Generator().manual_seed(seed)
-    config = ControllerConfig(10, initial=1e-3, minimum=1e-4, maximum=0.01, interval=interval, sharing=sharing)
+    config = ControllerConfig(10, initial=1e-3, minimum=1e-4, maximum=0.01, interval=interval, sharing=sharing, **rule)
     model = Buffers()
     controller = BudgetController(model, config=config)
     level = torch.rand(2, 3, generator=generator) * 20
     for _ in range(60):
         controller.step((level + torch.randn(2, 3, generator=generator)).clamp(min=0))
         penalty = model.l1_lambda
-        assert ((penalty == 0) | ((penalty >= 1e-4 * 0.999) & (penalty <= 0.01 * 1.001))).all()
+        least = 0.0 if rule else 1e-4 * 0.999  # the published rule jumps to `minimum`
+        assert ((penalty == 0) | ((penalty >= least) & (penalty <= 0.01 * 1.001))).all()
         if sharing == "all":
             assert (penalty == penalty[0, 0]).all()
         elif sharing == "layer":
@@ -251,14 +261,14 @@ def test_damping_is_taken_back_as_a_head_comes_near():
     model.l1_lambda.fill_(1e-3)
     config = ControllerConfig(32, interval=1, increase=1.5, proportional=True, damping=4.0)
     controller = BudgetController(model, config=config)
-    total = torch.zeros(3)
+    total, first = torch.zeros(3), torch.tensor([48.0, 40.0, 20.0]).div(32).log2()
     # Falling to the budget, standing still, rising to it; the counts as they are, for smoothing is 1 here.
     for kept in ([48.0, 40.0, 20.0], [44.0, 40.0, 21.0], [36.0, 40.0, 30.0], [32.0, 40.0, 32.0]):
         controller.step(torch.tensor([kept]))
         distance = torch.tensor(kept).div(32).log2()
         total += distance
-        torch.testing.assert_close(model.l1_lambda[0], 1e-3 * 1.5 ** (total + 4 * distance))
-    assert (model.l1_lambda[0, :2] > 1e-3).all()  # what is left is the sum
+        # λ that was there before the first update stays as it is: only what changes after that counts.
+        torch.testing.assert_close(model.l1_lambda[0], 1e-3 * 1.5 ** (total + 4 * (distance - first)))
 
 
 def test_a_proportional_lambda_begins_with_initial_and_stays_within_the_maximum():
@@ -267,6 +277,11 @@ def test_a_proportional_lambda_begins_with_initial_and_stays_within_the_maximum(
     controller = BudgetController(model, config=ControllerConfig(32, **settings, proportional=True))
     controller.step(torch.tensor([[100.0, 5.0]]))
     torch.testing.assert_close(model.l1_lambda, torch.tensor([[1e-4, -1e-4]]))
+    damped = Buffers(1, 2)
+    BudgetController(damped, config=ControllerConfig(32, **settings, proportional=True, damping=3.0)).step(
+        torch.tensor([[100.0, 5.0]])
+    )
+    torch.testing.assert_close(damped.l1_lambda, 1.5**3 * model.l1_lambda)
     for _ in range(40):
         controller.step(torch.tensor([[100.0, 5.0]]))
     torch.testing.assert_close(model.l1_lambda, torch.tensor([[1e-2, -1e-2]]))
@@ -285,8 +300,11 @@ def test_a_proportional_lambda_lifts_no_head_that_cannot_keep_more():
     controller.step(torch.tensor([[8.0]]), positions=100)
     lifted = model.l1_lambda.item()
     assert lifted < 0
-    controller.step(torch.tensor([[8.0]]), positions=20)
-    assert 0 > model.l1_lambda.item() >= lifted
+    for kept in (8.0, 2.0):
+        controller.step(torch.tensor([[kept]]), positions=20)
+        assert model.l1_lambda.item() == pytest.approx(lifted, rel=1e-5)
+    controller.step(torch.tensor([[60.0]]), positions=20)
+    assert model.l1_lambda.item() > 0
 
 
 @pytest.mark.parametrize(("damping", "settles"), [(0.0, False), (6.0, True)])
@@ -386,6 +404,9 @@ def test_the_published_rule_takes_a_negative_lambda_for_none():
         (lambda: ControllerConfig(increase=0.5), "factors above 1"),
         (lambda: ControllerConfig(tolerance=(1.0, 0.9)), "lo <= hi"),
         (lambda: ControllerConfig(sharing="heads"), '"head", "layer" or "all"'),
+        (lambda: ControllerConfig(damping=1.0), "0 without proportional"),
+        (lambda: ControllerConfig(proportional=True, damping=-1.0), "damping must be 0 or more"),
+        (lambda: ControllerConfig(proportional=True, decrease=1.5), "decrease and tolerance mean nothing"),
         (lambda: ControllerConfig(initial_steps=-1), "initial_steps must be 0 or more"),
         (lambda: RetentionWatch([1], 4, patience=0), "at least 1 step"),
     ],

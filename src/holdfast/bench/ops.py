@@ -26,9 +26,9 @@ from holdfast.ops.retention import FOREVER, streaming_retention
 __all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs", "run_ops", "visible_until"]
 
 BUDGET, UNCAPPED, FLEX = "holdfast, budget", "holdfast, uncapped", "flex attention"
-GIVEN = "holdfast, visible_until given"
-"""Of sequences too short for an eviction, beside SDPA: without the budget's part."""
-_SHORT = 256  # tokens up to which that is measured
+GIVEN = "holdfast, nothing evicted"
+"""`visible_until` is given, and keeps everything: what attention of short sequences costs beside SDPA."""
+_SHORT = 256  # tokens up to which that is measured: on a CPU, as long as SDPA serves it
 
 
 def run_ops(settings: OpsSettings) -> Report:
@@ -187,7 +187,9 @@ def _attention_bytes(inputs: AttentionInputs, name: str, backward: bool) -> int:
     """Inputs read once and outputs written once, in each pass."""
     query, pair = inputs.q.nbytes, inputs.k.nbytes + inputs.v.nbytes
     count = 2 * query + pair
-    if name not in (CAUSAL, CAUSAL_BY_TIME):  # the scores, and `visible_until` written and read
+    if name == GIVEN:  # `visible_until` read
+        count += 8 * inputs.scores.numel()
+    elif name not in (CAUSAL, CAUSAL_BY_TIME):  # the scores, and `visible_until` written and read
         count += inputs.scores.nbytes + 16 * inputs.scores.numel()
     # Backward: q, k, v, the output and its gradient are read; three gradients are written.
     return count + (4 * query + 2 * pair if backward else 0)

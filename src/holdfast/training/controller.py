@@ -21,6 +21,8 @@ from holdfast.settings import from_mapping
 
 logger = logging.get_logger(__name__)
 
+_DECREASE, _TOLERANCE = 2.0, (0.95, 1.0)
+
 
 @dataclass(frozen=True)
 class ControllerConfig:
@@ -33,21 +35,23 @@ class ControllerConfig:
     budget: int | None = None
     """Pairs to keep per key/value head, b; None: the budget of the model's own configuration."""
     initial: float = 1e-9
-    """λ of a head that keeps too many at the first update (−λ, with `two_sided`, of one that keeps too few)."""
+    """λ of a head that keeps too many at the first update (−λ, with `two_sided`, of one that keeps too few); `damping`
+    then comes on top."""
     minimum: float = 1e-9
-    """Below this λ (or −λ, see `two_sided`) becomes 0; from 0 it rises to this."""
+    """Below this λ (or −λ, see `two_sided`) becomes 0; from 0 it rises to this. With `proportional`: within ±minimum λ
+    moves by steps of equal size, beyond by factors; choose it a little below the λ that you expect."""
     maximum: float = 1.0
     """λ (or −λ) never exceeds this."""
     increase: float = 1.5
     """Factor (α) on λ of a head that keeps too many."""
-    decrease: float = 2.0
+    decrease: float = _DECREASE
     """Divisor of λ of a head that keeps too few."""
     interval: int = 32
     """Optimizer steps between updates, u; the average of the counts has the same time scale."""
     initial_steps: int = 0
     """Steps before the rule starts: until then counts are averaged and λ stays; the first update is one interval on."""
-    tolerance: tuple[float, float] = (0.95, 1.0)
-    """(lo, hi): a head keeping between lo·b and hi·b pairs is left alone (but for `damping`)."""
+    tolerance: tuple[float, float] = _TOLERANCE
+    """(lo, hi): a head keeping between lo·b and hi·b pairs is left alone."""
     two_sided: bool = False
     """Let λ fall below 0 for a head that keeps too few: then |λ|·ReLU(−s) raises the scores of the pairs it drops.
 
@@ -55,7 +59,7 @@ class ControllerConfig:
     head that cannot keep b pairs, for no more positions are scored, is not lifted."""
     proportional: bool = False
     """Move λ in proportion to the distance e = log2(kept / b), held within ±1, in place of by whole factors: by
-    `increase` to the power e. `decrease` and `tolerance` then do not count."""
+    `increase` to the power e. `decrease` and `tolerance` belong to the published rule alone."""
     damping: float = 0.0
     """With `proportional`: λ also answers to the distance as it is, by as much as so many updates would add up to, and
     takes that back as a head comes near. Without it, heads that move at a pace of their own swing about the budget."""
@@ -78,6 +82,8 @@ class ControllerConfig:
             raise ValueError(f"increase and decrease are factors above 1, got {self.increase} and {self.decrease}.")
         if not 0 < self.tolerance[0] <= self.tolerance[1]:
             raise ValueError(f"tolerance must be (lo, hi) with 0 < lo <= hi, got {self.tolerance}.")
+        if self.proportional and (self.decrease, self.tolerance) != (_DECREASE, _TOLERANCE):
+            raise ValueError("with proportional, decrease and tolerance mean nothing: leave them out.")
         if not self.damping >= 0 or (self.damping and not self.proportional):
             raise ValueError(f"damping must be 0 or more, and 0 without proportional, got {self.damping}.")
         if self.sharing not in ("head", "layer", "all"):
@@ -133,7 +139,7 @@ class BudgetController:
         self.budget = budget or self.config.budget or _budget_of(model_config)
         self.process_group = process_group
         self.steps = 0
-        self._integral: Tensor | None = None  # of the proportional rule: what its updates add up to
+        self._distance: Tensor | None = None  # e at the last update of the proportional rule
         self._owner = _buffer_owner(model)
 
     @property
@@ -169,24 +175,28 @@ class BudgetController:
         self.steps += 1
         elapsed = self.steps - self.config.initial_steps
         if elapsed > 0 and elapsed % self.config.interval == 0:
-            start = self.config.initial if elapsed == self.config.interval else self.config.minimum
-            self._update(start, self._can_be_lifted(positions))
+            self._update(elapsed == self.config.interval, self._can_be_lifted(positions))
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs besides the model's buffers, ready for JSON: steps, and the proportional rule's sum."""
-        return {"steps": self.steps, "integral": None if self._integral is None else self._integral.tolist()}
+        """What resuming needs besides the model's buffers, ready for JSON: steps taken, and what damping remembers."""
+        return {"steps": self.steps, "distance": None if self._distance is None else self._distance.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; the buffers come back with the model's own weights."""
-        self.steps = int(state["steps"])
-        integral = state.get("integral")
-        self._integral = None if integral is None else torch.tensor(integral, dtype=torch.float32)
-        expected = _shared(self.average_kept, self.config.sharing, torch.mean).shape
-        if self._integral is not None and self._integral.shape != expected:
-            raise ValueError(
-                f"the saved state is of a controller for {tuple(self._integral.shape)} values of λ, this one has "
-                f"{tuple(expected)}: the model or `sharing` differs."
-            )
+        """Continue from `state_dict()`; the buffers come back with the model's own weights.
+
+        Raises:
+            ValueError: if the state is of another number of λ. The controller is then as it was.
+        """
+        distance = state.get("distance") if self.config.proportional else None
+        if distance is not None:
+            distance = torch.tensor(distance, dtype=torch.float32).clamp(-1.0, 1.0)
+            expected = _shared(self.average_kept, self.config.sharing, torch.mean).shape
+            if distance.shape != expected:
+                raise ValueError(
+                    f"the saved state is of a controller for {tuple(distance.shape)} values of λ, this one has "
+                    f"{tuple(expected)}: the model or `sharing` differs."
+                )
+        self.steps, self._distance = int(state["steps"]), distance
 
     def _can_be_lifted(self, positions: float | Tensor | None) -> bool | Tensor:
         """Whether heads could keep more than the budget; the same on every rank."""
@@ -195,12 +205,15 @@ class BudgetController:
         counted = torch.as_tensor(positions, dtype=torch.float32, device=self.average_kept.device)
         return mean_over_ranks(counted, self.process_group) > self.budget
 
-    def _update(self, start: float, liftable: bool | Tensor) -> None:
+    def _update(self, is_first: bool, liftable: bool | Tensor) -> None:
         config, penalty = self.config, self.penalty
         kept = _shared(self.average_kept, config.sharing, torch.mean)
         previous = _shared(penalty if config.two_sided else penalty.clamp(min=0), config.sharing, _strongest)
-        rule = self._in_proportion if config.proportional else self._by_factors
-        penalty.copy_(rule(kept, previous, start, liftable).expand_as(penalty))
+        if config.proportional:
+            changed = self._in_proportion(kept, previous, liftable)
+        else:
+            changed = self._by_factors(kept, previous, config.initial if is_first else config.minimum, liftable)
+        penalty.copy_(changed.expand_as(penalty))
 
     def _by_factors(self, kept: Tensor, previous: Tensor, start: float, liftable: bool | Tensor) -> Tensor:
         """λ by the published rule; from 0 it rises to `start`."""
@@ -222,26 +235,28 @@ class BudgetController:
             changed = torch.where(idle & too_small & ~too_large & liftable, -start, changed)
         return changed
 
-    def _in_proportion(self, kept: Tensor, previous: Tensor, start: float, liftable: bool | Tensor) -> Tensor:
+    def _in_proportion(self, kept: Tensor, previous: Tensor, liftable: bool | Tensor) -> Tensor:
         """λ = minimum · sinh(I + damping · x), where x = log(increase) · e and I is the sum of all x so far.
 
-        Far from 0, adding to the argument multiplies λ; near it, λ changes sign without a jump.
+        Computed from the λ before: the argument changes by x + damping · (x − x before). Far from 0 that multiplies λ;
+        near it, λ changes sign without a jump.
         """
         config = self.config
         strongest = math.asinh(config.maximum / config.minimum)
-        sum_before = torch.asinh(previous / config.minimum)
-        if self._integral is not None:
-            sum_before = self._integral.to(kept.device)
-        change = math.log(config.increase) * (kept / self.budget).clamp(0.5, 2.0).log2()
-        # A head that cannot be lifted is not pushed up any further than it is.
-        lowest = torch.full_like(change, -strongest if config.two_sided else 0.0)
-        lowest = torch.where(torch.as_tensor(liftable, device=kept.device), lowest, sum_before.clamp(max=0.0))
-        added = sum_before + change
-        if start > config.minimum:
-            added = torch.where(sum_before == 0, change.sign() * math.asinh(start / config.minimum), added)
-        self._integral = added.clamp(max=strongest).maximum(lowest)
-        argument = (self._integral + config.damping * change).clamp(max=strongest).maximum(lowest)
-        return config.minimum * torch.sinh(argument)
+        argument = torch.asinh(previous / config.minimum)
+        lowest = torch.full_like(argument, -strongest if config.two_sided else 0.0)
+        if isinstance(liftable, Tensor):  # a head that cannot be lifted is not pushed up any further than it is
+            lowest = torch.where(liftable, lowest, argument.clamp(max=0.0))
+        distance = (kept / self.budget).clamp(0.5, 2.0).log2()
+        if self._distance is None:  # the first update; a λ that is there already stays, but for the usual change
+            start = distance.sign() * math.asinh(config.initial / config.minimum)
+            gain = math.log(config.increase)
+            argument = torch.where(argument == 0, start + config.damping * gain * distance, argument + gain * distance)
+        else:
+            change = distance + config.damping * (distance - self._distance.to(distance.device))
+            argument = argument + math.log(config.increase) * change
+        self._distance = distance
+        return config.minimum * torch.sinh(argument.clamp(max=strongest).maximum(lowest))
 
     def _buffer(self, name: str) -> Tensor:
         # Looked up each time: moving a model replaces its buffers, and casting it would lower these to bf16, in which
