@@ -37,8 +37,8 @@ TOKENS = 65_536  # of the validation split, at each length
 END = 300  # steps whose counts are averaged
 
 
-def course(run: RunHistory, end: int = END) -> dict[str, Any]:
-    """Validation losses by step, speed, and what heads kept in the last `end` steps; a record is a mean over some."""
+def course(run: RunHistory) -> dict[str, Any]:
+    """Validation losses by step, speed, and what heads kept in the last steps; a record is a mean over some."""
     steps, losses = run.series("eval_loss")
     _, speeds = run.series("tokens_per_second")
     found: dict[str, Any] = {
@@ -48,7 +48,7 @@ def course(run: RunHistory, end: int = END) -> dict[str, Any]:
     for name in ("kept", "stored"):
         steps, counts = run.by_head(name)
         if len(steps):
-            late = counts[steps > run.last_step - end]
+            late = counts[steps > run.last_step - END]
             found[name] = {"mean": late.mean(axis=0).round(1).tolist(), "lowest": late.min(axis=0).round(1).tolist()}
     if "kept" in found:
         found |= {"budget": run.budget, "layers": run.layers, "lambda": run.by_head("lambda")[1][-1].tolist()}

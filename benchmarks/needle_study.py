@@ -94,7 +94,7 @@ def budgets(run: Path) -> list[dict[str, Any]]:
 def steered(run: Path) -> dict[str, Any]:
     """Pairs that each head kept over the last steps, the course of them, and accuracy."""
     result = evaluate_needle(read_model(run), read_task(run))
-    return course(read_history(run), end=100) | {"within": result.within.to_dict(), "beyond": result.beyond.to_dict()}
+    return course(read_history(run)) | {"within": result.within.to_dict(), "beyond": result.beyond.to_dict()}
 
 
 def trained(recipe: str, variants: Mapping[str, list[str]], seeds: int, folder: Path) -> Iterator[tuple[str, Path]]:
