@@ -94,19 +94,26 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, wind
     return "triton" if is_available() and supports(q, k, v) else "blocked"
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None) -> Tensor | None:
-    """Refuse what does not fit; return `visible_until` with all its heads.
+def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Name the first tensor whose dimensions, dtype or device do not fit."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have the shape [B, T, heads, D], not {list(tensor.shape)}.")
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share one floating dtype, but {name} is {tensor.dtype} and q {q.dtype}.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device.")
 
-    One condition each for all three tensors: beside the attention of one token, a loop over them is not cheap.
-    """
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(
-            f"q, k and v must have the shape [B, T, heads, D], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
-        )
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise TypeError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}: move them to one device.")
+
+def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None) -> Tensor | None:
+    """Refuse what does not fit; return `visible_until` with all its heads."""
+    if not (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+    ):
+        _refuse(q, k, v)  # which of them it is; beside the attention of one token, a loop over them is not cheap
     batch, queries, heads, dim = q.shape
     key_batch, keys, kv_heads, key_dim = k.shape
     if key_batch != batch or key_dim != dim or v.shape[:3] != k.shape[:3]:
