@@ -30,6 +30,7 @@ from holdfast.training import (
     read_metrics,
     train,
 )
+from holdfast.training.checkpointing import explaining_reads
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
 
 
@@ -209,6 +210,17 @@ def test_a_damaged_checkpoint_is_named(file, what, damage, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint-3" in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"holdfast: The {what} of ")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02t.", b"\x80\x02h\x07.", b"\x80\x02X\x04\0\0\0\xff\xff\xff\xff.", b""])
+def test_every_failure_to_unpickle_is_explained(content, tmp_path):
+    """Bytes that end in an IndexError, a KeyError, a UnicodeDecodeError and an EOFError."""
+    (tmp_path / "state.pt").write_bytes(content)
+    with (
+        pytest.raises(CheckpointError, match=r"The state of here cannot be read \(.+\): remove"),
+        explaining_reads("here", "state"),
+    ):
+        torch.load(tmp_path / "state.pt", weights_only=True)
 
 
 def test_a_checkpoint_without_its_state_is_passed_over(uninterrupted, tmp_path, monkeypatch):

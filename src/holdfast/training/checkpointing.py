@@ -7,7 +7,6 @@ directory `.incomplete`, which neither this library nor the Trainer ever resumes
 from __future__ import annotations
 
 import contextlib
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,8 @@ logger = logging.get_logger(__name__)
 
 INCOMPLETE = ".incomplete"
 STATE_FILE = "trainer_state.json"
-# What the file system, torch and safetensors raise where a file cannot be written, and where one is damaged.
+# What the file system, torch and safetensors raise where a file cannot be written.
 _WRITE_FAILURES = (OSError, RuntimeError, SafetensorError)
-_READ_FAILURES = (*_WRITE_FAILURES, ValueError, TypeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 class CheckpointError(RuntimeError):
@@ -130,7 +128,7 @@ def explaining_reads(checkpoint: str | None, what: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except _READ_FAILURES as error:
+    except Exception as error:  # a reader that meets arbitrary bytes raises what it likes, an IndexError among others
         raise CheckpointError(
             f"The {what} of {checkpoint} cannot be read ({_reason(error)}): remove that directory and resume from an "
             "earlier checkpoint."
@@ -140,4 +138,6 @@ def explaining_reads(checkpoint: str | None, what: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The first line of an error, without the stack of C++ calls that some of torch's carry."""
     text = " ".join(str(error).split("\n", 1)[0].split()).rstrip(".")
-    return text[:200] or type(error).__name__
+    if isinstance(error, LookupError) or not text:  # their text alone says little: "pop from empty list", "'\\x85'"
+        text = f"{type(error).__name__} {text}".rstrip()
+    return text[:200]
