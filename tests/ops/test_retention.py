@@ -94,9 +94,10 @@ def test_a_new_sequence_empties_the_store_and_has_sinks_of_its_own() -> None:
     sinks=st.integers(0, 4),
     ties=st.booleans(),
     packed=st.booleans(),
+    backend=st.sampled_from([None, "numba"]),
 )
 def test_equals_the_reference_and_the_simulation(
-    seed: int, length: int, budget: int, window: int, sinks: int, ties: bool, packed: bool
+    seed: int, length: int, budget: int, window: int, sinks: int, ties: bool, packed: bool, backend: str | None
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(2, length, 2, generator=generator)
@@ -106,7 +107,7 @@ def test_equals_the_reference_and_the_simulation(
     starts = (torch.rand(2, length, generator=generator) < 0.2) & packed
     sinks = min(sinks, budget)
 
-    result = streaming_retention(scores, budget, window, sinks, starts=starts)
+    result = streaming_retention(scores, budget, window, sinks, starts=starts, backend=backend)
     assert torch.equal(result, streaming_retention_reference(scores, budget, window, sinks, starts=starts))
     for b in range(2):
         for h in range(2):
@@ -129,8 +130,19 @@ def test_an_uncapped_store_keeps_what_a_large_one_keeps() -> None:
     torch.manual_seed(1)
     scores, starts = torch.randn(3, 70, 2), torch.rand(3, 70) < 0.1
     for sinks in (0, 3):
-        large = streaming_retention(scores, 1000, 5, sinks, starts=starts)
+        large = streaming_retention(scores, 1000, 5, sinks, starts=starts, backend="numba")
         assert torch.equal(streaming_retention(scores, None, 5, sinks, starts=starts), large)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 8])
+def test_as_many_slots_as_keys_need_no_store(length: int) -> None:
+    """Around that number the answer comes by one way or the other, and is the same."""
+    torch.manual_seed(7)
+    scores, starts = torch.randn(2, length, 3), torch.rand(2, length) < 0.3
+    for sinks, begins in ((0, None), (2, None), (2, starts), (7, starts)):
+        chosen, by_hand = (streaming_retention(scores, 7, 3, sinks, starts=begins, backend=b) for b in (None, "numba"))
+        assert chosen.dtype == by_hand.dtype
+        assert torch.equal(chosen, by_hand)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

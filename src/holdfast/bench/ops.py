@@ -28,6 +28,7 @@ __all__ = ["AttentionInputs", "AttentionSize", "attention_work", "random_inputs"
 BUDGET, UNCAPPED, FLEX = "holdfast, budget", "holdfast, uncapped", "flex attention"
 GIVEN = "holdfast, nothing evicted"
 """`visible_until` is given, and keeps everything: what attention of short sequences costs beside SDPA."""
+_SHORTEST_SAMPLE = 5e-3  # seconds; a call of 16 tokens takes a twentieth
 _SHORT = 256  # tokens up to which that is measured: on a CPU, as long as SDPA serves it
 
 
@@ -168,7 +169,9 @@ def _attention_cases(setup: Setup[OpsSettings], size: AttentionSize) -> Iterator
     for label, backward in PASSES.items():
         if FLEX in names:  # each length gets code compiled for it, and none runs uncompiled for too many compilations
             torch.compiler.reset()
-        variants = [Variant(name, attention_work(name, inputs, backward)) for name in names]
+        variants = [
+            Variant(name, attention_work(name, inputs, backward), shortest_sample=_SHORTEST_SAMPLE) for name in names
+        ]
         timings = setup.measure(variants, f"attention, {size.tokens:,} tokens, {label}")
         results = []
         for name in names:

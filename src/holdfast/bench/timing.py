@@ -7,7 +7,9 @@ of samples taken in the same round.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,12 +36,15 @@ class Variant:
         prepare: what makes the state that a turn begins with; called at the beginning of every turn, not timed.
         samples_per_turn: calls of `run` that are timed in a turn. With several, one call that is not timed goes
             first, since it finds the caches full of what other variants have read.
+        shortest_sample: seconds. Of work that takes less, a sample is the mean over as many calls as take that long,
+            after one that is not timed: a single call of some microseconds measures the clock and cold caches.
     """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
     samples_per_turn: int = 1
+    shortest_sample: float = 0.0
 
 
 @dataclass
@@ -142,9 +147,17 @@ def turn_order(count: int, turn: int) -> list[int]:
 
 def _take_turn(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> list[float]:
     variant.prepare()
-    if variant.samples_per_turn > 1:
+    calls = 1
+    if variant.shortest_sample:
+        calls = math.ceil(variant.shortest_sample / clock(variant.run))
+    elif variant.samples_per_turn > 1:
         variant.run()
-    return [clock(variant.run) for _ in range(variant.samples_per_turn)]
+    return [clock(functools.partial(_repeat, variant.run, calls)) / calls for _ in range(variant.samples_per_turn)]
+
+
+def _repeat(run: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

@@ -54,7 +54,8 @@ def streaming_retention(
             are counted from there. The keys of the sequence before keep what they had: the caller caps their
             `visible_until` at the end of their sequence.
         backend: "numba" (on the CPU) or "triton" (CUDA and ROCm, 1 ≤ budget ≤ 8192). None takes triton on a GPU where
-            it is installed and the budget fits; else numba.
+            it is installed and the budget fits; else numba. Neither is asked where every candidate has a slot (no
+            budget, or with None at least as many slots as keys).
 
     Returns:
         int64 [B, T, Hkv] on the device of `scores`.
@@ -66,19 +67,17 @@ def streaming_retention(
 
     O(T log budget) time per sequence and head with numba, O(T + entries·budget) with triton, in parallel over them, and
     O(T + budget) memory. With numba, scores on another device are copied to the host and the answer back, so the call
-    waits for that device; triton never does. Without a budget there is nothing to run: one comparison per score.
+    waits for that device; triton never does. Where every candidate has a slot, one comparison per score is all.
     """
     _check(scores, budget, window, sinks, starts)
     if backend not in (None, "numba", "triton"):
         raise ValueError(f"backend {backend!r} does not exist: choose 'numba' or 'triton'.")
     scores = scores.detach()
-    if budget is not None:
-        if backend == "triton" or (backend is None and scores.is_cuda and not _triton_obstacle(scores, budget)):
-            return _on_device(scores, budget, window, sinks, starts)
-        return torch.ops.holdfast.streaming_retention(scores, budget, window, sinks, starts)
-    position = torch.arange(scores.shape[1], device=scores.device)[:, None]
-    age = position if starts is None else position - _last_start(starts)[..., None]
-    return torch.where((scores > 0) | (age < sinks), FOREVER, position + window)
+    if budget is None or (backend is None and scores.shape[1] <= budget):
+        return _keep_all(scores, window, sinks, starts)
+    if backend == "triton" or (backend is None and scores.is_cuda and not _triton_obstacle(scores, budget)):
+        return _on_device(scores, budget, window, sinks, starts)
+    return torch.ops.holdfast.streaming_retention(scores, budget, window, sinks, starts)
 
 
 def streaming_retention_reference(
@@ -135,6 +134,15 @@ def _check(scores: Tensor, budget: int | None, window: int, sinks: int, starts: 
         raise ValueError(
             f"starts must have the shape {list(scores.shape[:2])} of the scores, not {list(starts.shape)}."
         )
+
+
+def _keep_all(scores: Tensor, window: int, sinks: int, starts: Tensor | None) -> Tensor:
+    """With a slot for every candidate none is forgotten."""
+    position = torch.arange(scores.shape[1], device=scores.device)[:, None]
+    candidates = scores > 0
+    if sinks:
+        candidates |= (position if starts is None else position - _last_start(starts)[..., None]) < sinks
+    return torch.where(candidates, FOREVER, position + window)
 
 
 def _last_start(starts: Tensor) -> Tensor:
