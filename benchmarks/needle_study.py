@@ -3,8 +3,8 @@
     holdfast demo --seed 0 --output runs/demo0    # and seeds 1 and 2
     python benchmarks/needle_study.py runs/demo0 runs/demo1 runs/demo2
 
-The variants of the scorer, and models whose λ is steered to a budget, are trained first, into runs/needle-study, where
-finished ones are used again.
+The variants of the scorer, and models whose λ is steered to a budget, are trained first, into runs/needle-study.
+Finished ones are used again, and interrupted ones go on; a directory with a run by other settings is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from books_study import course
 
 from holdfast.cli.common import quieten_transformers, read_model, read_task
+from holdfast.cli.train import chosen_recipe
 from holdfast.data.turns import NeedleTurns, TurnPlan
 from holdfast.evaluation.needle import evaluate_needle
 from holdfast.evaluation.scorers import scoring
@@ -28,6 +29,7 @@ from holdfast.evaluation.turns import evaluate_turns
 from holdfast.files import write_json
 from holdfast.machine import describe_machine
 from holdfast.training.history import read_history
+from holdfast.training.run_directory import is_finished
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("needle-gdn", "needle-gdn-swa", "needle-lalte", "needle-lansa", "needle-gdn-full")
@@ -101,10 +103,9 @@ def trained(recipe: str, variants: Mapping[str, list[str]], seeds: int, folder: 
     """The runs of `recipe` with the settings of each variant, trained if they are not there yet."""
     for name, seed in itertools.product(variants, range(seeds)):
         place = folder / f"{name.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
-        if not (place / recipe / "model.safetensors").is_file():
-            command = [sys.executable, "-m", "holdfast.cli", "train", recipe, "--training.seed", str(seed)]
-            command += [*variants[name], "--output.directory", str(place), "--output.overwrite"]
-            subprocess.run(command, check=True)
+        overrides = ["--training.seed", str(seed), *variants[name], "--output.directory", str(place)]
+        if not is_finished(place / recipe, chosen_recipe(recipe, overrides)):
+            subprocess.run([sys.executable, "-m", "holdfast.cli", "train", recipe, "--resume", *overrides], check=True)
         yield name, place / recipe
 
 

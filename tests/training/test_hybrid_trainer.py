@@ -29,7 +29,7 @@ from holdfast.training import (
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
-from holdfast.training.run_directory import claim
+from holdfast.training.run_directory import claim, is_finished
 from holdfast.training.speed import CLOCK_METRICS
 
 
@@ -147,6 +147,21 @@ def test_run_directories_are_guarded(finished, tmp_path):
         with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
             train(make_recipe(tmp_path), resume=resume)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_whether_a_run_is_finished(finished, tmp_path):
+    directory, recipe = finished
+    longer, other = (
+        dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+        for changes in ({"max_steps": recipe.training.max_steps + 1}, {"learning_rate": 0.5})
+    )
+    assert not is_finished(tmp_path / "nothing", recipe)
+    assert is_finished(directory, recipe)
+    assert not is_finished(directory, longer)
+    with pytest.raises(RunDirectoryError, match="was started with training.learning_rate"):
+        is_finished(directory, other)
+    claim(tmp_path / "begun", recipe, resume=False)
+    assert not is_finished(tmp_path / "begun", recipe)
 
 
 def test_an_unfinished_run_is_resumed_or_overwritten_but_never_by_accident(tmp_path, monkeypatch):

@@ -56,28 +56,37 @@ def _list_recipes() -> None:
     output_console().print(table)
 
 
-def _train(arguments: list[str]) -> None:
+def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a name or path with the command line's overrides.
+
+    Raises:
+        UsageError: if there is no such recipe, or an override does not fit.
+    """
     from holdfast.training.overrides import override
 
+    recipe = read_recipe(name)
+    if not overrides:
+        return recipe
+    description = "Settings of the recipe that can be overridden, and --resume to continue a run."
+
+    def read(kind: Any, args: Sequence[str], default: Any) -> Any:
+        return parse(kind, args, prog=f"holdfast train {name}", description=description, default=default)
+
+    try:
+        return override(recipe, overrides, read)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _train(arguments: list[str]) -> None:
     resume = "--resume" in arguments
     arguments = [argument for argument in arguments if argument != "--resume"]
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("Give the recipe first: `holdfast train RECIPE [OVERRIDES]`; `--list` shows the recipes.")
     name, *overrides = arguments
-    recipe = read_recipe(name)
-    if overrides:
-        description = "Settings of the recipe that can be overridden, and --resume to continue a run."
-        program = f"holdfast train {name}"
-
-        def read(kind: Any, args: Sequence[str], default: Any) -> Any:
-            return parse(kind, args, prog=program, description=description, default=default)
-
-        try:
-            recipe = override(recipe, overrides, read)
-        except UsageError:
-            raise
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+    recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
 

@@ -64,6 +64,18 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
     return not found
 
 
+def is_finished(directory: Path, recipe: Recipe) -> bool:
+    """Whether a run by this recipe, and as long, has been finished here.
+
+    Raises:
+        RunDirectoryError: if the directory holds a run by another recipe.
+    """
+    if not (directory / RECIPE_FILE).exists():
+        return False
+    _check_same(directory / RECIPE_FILE, recipe)
+    return (directory / SUMMARY_FILE).exists() and recipe.training.max_steps <= _steps_taken(directory)
+
+
 def release(directory: Path) -> None:
     """Leave a directory that was claimed in vain, unless something has been written there since."""
     if [entry.name for entry in directory.iterdir()] == [RECIPE_FILE]:
@@ -73,12 +85,17 @@ def release(directory: Path) -> None:
 
 def _reopen(directory: Path, recipe: Recipe, alternatives: str) -> None:
     """Let a finished run go on, if it is to take more steps than it took."""
-    steps = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["steps"]
+    steps = _steps_taken(directory)
     if recipe.training.max_steps <= steps:
         raise RunDirectoryError(
             f"{directory} holds a finished run: raise training.max_steps above {steps} to go on, {alternatives}."
         )
     (directory / SUMMARY_FILE).unlink()
+
+
+def _steps_taken(directory: Path) -> int:
+    steps: int = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["steps"]
+    return steps
 
 
 def _check_same(recipe_file: Path, recipe: Recipe) -> None:
