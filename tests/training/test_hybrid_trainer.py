@@ -158,7 +158,7 @@ def test_whether_a_run_is_finished(finished, tmp_path):
     assert not is_finished(tmp_path / "nothing", recipe)
     assert is_finished(directory, recipe)
     assert not is_finished(directory, longer)
-    with pytest.raises(RunDirectoryError, match="was started with training.learning_rate"):
+    with pytest.raises(RunDirectoryError, match=r"was started with training\.learning_rate"):
         is_finished(directory, other)
     claim(tmp_path / "begun", recipe, resume=False)
     assert not is_finished(tmp_path / "begun", recipe)
