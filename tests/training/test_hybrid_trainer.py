@@ -12,7 +12,7 @@ from tiny_model import MODEL, TASK
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
-from holdfast import HybridForCausalLM
+from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.data.needle import NeedleStream
 from holdfast.settings import to_toml
 from holdfast.training import (
@@ -329,6 +329,28 @@ def test_the_learning_rate_falls_to_its_share_in_every_group(finished):
     directory, _ = finished
     saved = torch.load(directory / "checkpoint-8" / "scheduler.pt", weights_only=True)
     assert saved["_last_lr"] == pytest.approx([1e-3] * 4)  # a tenth of 1e-2
+
+
+def test_scorers_may_have_a_final_learning_rate_of_their_own(tmp_path):
+    settings = {"max_steps": 6, "warmup_steps": 2, "scorer_lr_scale": 0.5, "save_every": 1, "keep_checkpoints": 9}
+    apart = train(make_recipe(tmp_path, "apart", **settings, final_lr_share=0.0, scorer_final_lr_share=0.8))
+    alike = train(make_recipe(tmp_path, "alike", **settings, final_lr_share=0.8))
+
+    def rates(run, step):
+        return torch.load(run / f"checkpoint-{step}" / "scheduler.pt", weights_only=True)["_last_lr"]
+
+    for step in range(1, 7):
+        model, scorers = rates(apart, step)[:2], rates(apart, step)[2:]
+        assert scorers == pytest.approx(rates(alike, step)[2:])
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(step - 2, 0) / 4)
+        assert model == pytest.approx([1e-2 * (0.5 if step == 1 else cosine)] * 2, abs=1e-9)
+    assert rates(apart, 6)[2:] == pytest.approx([0.5e-2 * 0.8] * 2)
+    with pytest.raises(ValueError, match="needs lr_scheduler_type 'cosine_with_min_lr', not linear\."):
+        HybridTrainer(
+            HybridForCausalLM(HybridConfig(**MODEL)),
+            TrainingArguments(str(tmp_path), lr_scheduler_type="linear"),
+            scorer_final_lr_share=0.5,
+        )
 
 
 def test_text_isolated_in_bf16_with_checkpointing_and_evaluation(tmp_path):

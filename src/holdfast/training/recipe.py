@@ -102,6 +102,9 @@ class TrainingSection:
     warmup_steps: int = 0
     final_lr_share: float = 0.1
     """Learning rate of the last step over the highest."""
+    scorer_final_lr_share: float | None = None
+    """The same for the scorers; left out: like the rest. λ holds heads to their budget only as long as the scorers
+    learn as fast as the keys and values that they read drift."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     """On matrices only."""
@@ -150,8 +153,10 @@ class TrainingSection:
             raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if not 0 <= self.final_lr_share <= 1:
-            raise ValueError(f"final_lr_share must lie between 0 and 1, got {self.final_lr_share}.")
+        for name in ("final_lr_share", "scorer_final_lr_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {share}.")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel must be 'ddp' or 'fsdp', got {self.parallel!r}.")
 

@@ -129,6 +129,7 @@ def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: _Data) ->
         peak_flops=recipe.training.peak_flops,
         scorer_lr_scale=recipe.training.scorer_lr_scale,
         scorer_weight_decay=recipe.training.scorer_weight_decay,
+        scorer_final_lr_share=recipe.training.scorer_final_lr_share,
     )
     # Every process its own dropout, as each has its own samples.
     seed_generators(recipe.training.seed, device_specific=True)

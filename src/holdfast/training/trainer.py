@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import SGD
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -61,7 +62,7 @@ def parameter_groups(
             not into the flat ends of the sigmoid, where nothing is learned; None: as for the rest.
 
     Returns:
-        Up to four groups with the keys `params`, `lr`, `weight_decay`.
+        Up to four groups with the keys `params`, `lr`, `weight_decay`, and `scorers`: whether they are scorers'.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -72,7 +73,12 @@ def parameter_groups(
         if parameter.requires_grad or is_scorer:
             groups.setdefault((is_scorer, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0), "weight_decay": decay}
+        {
+            "params": parameters,
+            "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0),
+            "weight_decay": decay,
+            "scorers": is_scorer,
+        }
         for (is_scorer, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
@@ -91,6 +97,12 @@ class HybridTrainer(Trainer):
         retention: the callback that steers learned eviction; None: one with the settings in the model's configuration.
         peak_flops: as for `SpeedMeter`.
         scorer_lr_scale, scorer_weight_decay: as for `parameter_groups`.
+        scorer_final_lr_share: `min_lr_rate` of the scorers, where the schedule is "cosine_with_min_lr": λ can hold a
+            head to its budget only as long as its scorer learns as fast as the keys and values that it reads drift.
+            None: that of the rest.
+
+    Raises:
+        ValueError: a `scorer_final_lr_share` with another schedule.
     """
 
     def __init__(
@@ -100,9 +112,16 @@ class HybridTrainer(Trainer):
         peak_flops: float | None = None,
         scorer_lr_scale: float = 1.0,
         scorer_weight_decay: float | None = None,
+        scorer_final_lr_share: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        schedule = self.args.lr_scheduler_type
+        if scorer_final_lr_share is not None and schedule != "cosine_with_min_lr":
+            raise ValueError(
+                f"scorer_final_lr_share needs lr_scheduler_type 'cosine_with_min_lr', not {schedule.value}."
+            )
+        self.scorer_final_lr_share = scorer_final_lr_share
         if isinstance(self.train_dataset, TextStream):
             self.args.ignore_data_skip = True  # a stream goes to its position at once
         self.scorer_weight_decay = scorer_weight_decay
@@ -161,6 +180,23 @@ class HybridTrainer(Trainer):
             )
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.scorer_final_lr_share is not None:
+            course = get_cosine_with_min_lr_schedule_with_warmup(
+                SGD([torch.zeros(1)]),  # of none of ours: it would set their learning rates
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                min_lr_rate=self.scorer_final_lr_share,
+            ).lr_lambdas[0]
+            for index, group in enumerate(scheduler.optimizer.param_groups):
+                if group["scorers"]:
+                    scheduler.lr_lambdas[index] = course  # type: ignore[attr-defined]
+        return scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
