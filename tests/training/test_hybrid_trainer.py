@@ -345,7 +345,7 @@ def test_scorers_may_have_a_final_learning_rate_of_their_own(tmp_path):
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(step - 2, 0) / 4)
         assert model == pytest.approx([1e-2 * (0.5 if step == 1 else cosine)] * 2, abs=1e-9)
     assert rates(apart, 6)[2:] == pytest.approx([0.5e-2 * 0.8] * 2)
-    with pytest.raises(ValueError, match="needs lr_scheduler_type 'cosine_with_min_lr', not linear\."):
+    with pytest.raises(ValueError, match=r"needs lr_scheduler_type 'cosine_with_min_lr', not linear\."):
         HybridTrainer(
             HybridForCausalLM(HybridConfig(**MODEL)),
             TrainingArguments(str(tmp_path), lr_scheduler_type="linear"),

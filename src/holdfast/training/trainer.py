@@ -20,7 +20,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from holdfast.data.stream import TextStream
 from holdfast.files import write_json
@@ -116,8 +116,8 @@ class HybridTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        schedule = self.args.lr_scheduler_type
-        if scorer_final_lr_share is not None and schedule != "cosine_with_min_lr":
+        schedule = SchedulerType(self.args.lr_scheduler_type)
+        if scorer_final_lr_share is not None and schedule is not SchedulerType.COSINE_WITH_MIN_LR:
             raise ValueError(
                 f"scorer_final_lr_share needs lr_scheduler_type 'cosine_with_min_lr', not {schedule.value}."
             )
