@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
     os.close(handle)
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(name, target)
+        with naming(target):
+            yield Path(name)
+            os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
+            os.replace(name, target)
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an `OSError` that names no file, as that of a full disk, the path that was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def write_files(directory: str | os.PathLike[str], save: Callable[[str], object]) -> None:
+    """Let `save` write files into a folder of its own; they come to `directory` when all are whole.
+
+    Raises:
+        OSError: naming the directory, if they cannot be written, whatever `save` raises then.
+    """
+    target = Path(directory)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as folder:
+            save(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, target / path.name)
+    except Exception as error:
+        raise OSError(f"{target} cannot be written ({' '.join(str(error).split()).rstrip('.')}).") from error
 
 
 def publish_directory(source: Path, target: Path) -> None:

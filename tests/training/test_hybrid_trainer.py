@@ -1,12 +1,15 @@
 """Runs from recipes: exact resumption, the run directory, metrics, the glue to transformers' Trainer."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_model import MODEL, TASK
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -391,6 +394,29 @@ def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
     assert lines[1].startswith("step 2/2  loss ")
     for shown in (" tokens/s  ", "utilisation ", "stored ", "kept ", "λ "):
         assert shown in lines[1]
+
+
+def test_a_narrow_terminal_shows_the_bar_and_every_number(tmp_path):
+    trainer = make_trainer(tmp_path, HybridTrainer, max_steps=2, save_strategy="no", logging_steps=1)
+    bar = ProgressBar()
+    bar._console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    trainer.add_callback(bar)
+    trainer.train()
+    last = bar._console.file.getvalue().replace("\n", " ").rsplit("2/2", 1)
+    assert len(last) == 2
+    for shown in ("loss ", " tokens/s", "utilisation ", "stored ", "kept ", "λ "):
+        assert shown in last[1]
+
+
+def test_processes_that_cannot_share_a_stream_are_told_before_anything_is_built(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{row}: kelp"}) + "\n" for row in range(64)))
+    data = TextData(str(tmp_path / "rows.jsonl"), length=32, in_memory=0, lanes=16)
+    recipe = dataclasses.replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 259}, data=data)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 3))
+    monkeypatch.setattr(TrainingArguments, "main_process_first", lambda *args, **kwargs: contextlib.nullcontext())
+    with pytest.raises(ValueError, match=r"16 lanes, which 3 processes .* \(data\.lanes of a recipe\)"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_logs_go_where_the_recipe_reports_to(tmp_path, monkeypatch):

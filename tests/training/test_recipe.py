@@ -63,6 +63,15 @@ def test_published_sizes_are_those_of_the_paper():
     assert (training.max_steps, training.warmup_steps, training.learning_rate) == (30720, 512, 3e-4)
 
 
+def test_published_recipes_can_be_shared_by_many_devices():
+    """Four nodes of eight devices, each with its workers, as docs/training.md starts them."""
+    published = [load_recipe(name) for name in list_recipes() if name.endswith(("-0.4b", "-1.4b"))]
+    assert len(published) == 14
+    for recipe in published:
+        assert recipe.data.lanes % (32 * recipe.training.workers) == 0
+        assert recipe.training.accumulation % 32 == 0
+
+
 def test_needle_baselines_differ_from_lalte_in_the_mixer_only():
     lalte = load_recipe("needle-lalte")
     for name in ("needle-gdn", "needle-gdn-swa", "needle-gdn-full", "needle-lansa"):

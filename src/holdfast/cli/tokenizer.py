@@ -46,11 +46,12 @@ def run(arguments: Sequence[str]) -> None:
 
     from holdfast.data.progress import track
     from holdfast.data.text import train_tokenizer
+    from holdfast.files import write_files
 
     quieten_transformers()
     texts = track(_first(settings.open(settings.split), settings.characters), "reading")
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    tokenizer.save_pretrained(settings.out)
+    write_files(settings.out, tokenizer.save_pretrained)
     output_console().print(f"A tokenizer of {len(tokenizer):,} tokens is in {settings.out}.", soft_wrap=True)
 
 

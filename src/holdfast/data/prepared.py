@@ -30,7 +30,7 @@ from holdfast.data.packing import PackedText
 from holdfast.data.progress import track
 from holdfast.data.sources import TextSource, describe_skipped, logger, usable
 from holdfast.data.tokenizers import encode_documents, fingerprint
-from holdfast.files import replacing, write_json
+from holdfast.files import naming, replacing, write_json
 
 __all__ = ["PreparedSplit", "is_prepared", "open_prepared", "prepare"]
 
@@ -196,6 +196,7 @@ def _write_shard(
     with (
         replacing(target / f"{name}.tokens.bin") as tokens_path,
         replacing(target / f"{name}.starts.bin") as starts_path,
+        naming(target),
         open(tokens_path, "wb") as tokens_file,
         open(starts_path, "wb") as starts_file,
     ):

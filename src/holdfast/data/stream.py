@@ -122,7 +122,8 @@ class TextStream(IterableDataset):
         if self.settings.lanes % world_size:
             raise ValueError(
                 f"{self.source.name} is read in {self.settings.lanes} lanes, which {world_size} processes cannot share "
-                f"evenly; give lanes as a multiple of {world_size}, and a corpus of as many documents."
+                f"evenly; give lanes (data.lanes of a recipe) as a multiple of {world_size}, and a corpus of as many "
+                "documents."
             )
         self.rank, self.world_size = rank, world_size
 

@@ -115,9 +115,10 @@ def explaining_writes(run: Path, step: int) -> Iterator[None]:
     except _WRITE_FAILURES as error:
         shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
         free = shutil.disk_usage(run).free
+        earlier = "earlier checkpoints are whole" if checkpoints(run) else "there is no earlier checkpoint"
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {run} ({_reason(error)}; {free / 1e6:,.0f} MB are "
-            "free there): make room and resume; earlier checkpoints are whole."
+            f"free there): make room and resume; {earlier}."
         ) from error
 
 

@@ -6,15 +6,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
-from holdfast.files import write_text
+from holdfast.files import naming, write_text
 from holdfast.training.trainer import HybridTrainer
 
 
@@ -57,11 +58,8 @@ class MetricsFile(TrainerCallback):
         record |= logs
         if "loss" in logs:
             record |= self.trainer.last_metrics
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(_line(record).encode())
-        except OSError as error:  # a full disk does not say which file it had no room for
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with naming(self.path), open(self.path, "ab", buffering=0) as file:
+            file.write(_line(record).encode())
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -82,6 +80,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+class _BarWithText(Progress):
+    """A bar, and below it text that wraps where the terminal is narrow."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.text)
+
+
 class ProgressBar(TrainerCallback):
     """A bar on standard error with loss, speed, stored and kept pairs, and λ; without a terminal one line per log.
 
@@ -91,7 +99,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: _BarWithText | None = None
         self._task = TaskID(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,7 +111,7 @@ class ProgressBar(TrainerCallback):
         if not self._console.is_terminal:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self._console)
+        self._bar = _BarWithText(*columns, console=self._console)
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
@@ -116,7 +124,7 @@ class ProgressBar(TrainerCallback):
             return
         text = "  ".join(show(logs[name]) for name, show in _SHOWN.items() if name in logs)
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.text = text
         else:
             self._console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
 

@@ -19,8 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from holdfast.data.needle import NeedleStream
+from holdfast.data.stream import TextStream
 from holdfast.data.text import collate_isolated, is_prepared, load_tokenizer
-from holdfast.files import replacing, write_json
+from holdfast.files import replacing, write_files, write_json
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
@@ -65,6 +66,8 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
         checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
         try:
             data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
+            if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
+                data.training.set_rank(arguments.process_index, arguments.world_size)
         except (ValueError, OSError):  # so that the same run may be started with other data
             if is_new:
                 run_directory.release(directory)
@@ -202,7 +205,7 @@ def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: 
         tokenizer = load_tokenizer(directory)
     else:
         tokenizer = own_tokenizer(data, recipe.model["vocab_size"])
-        tokenizer.save_pretrained(directory)
+        write_files(directory, tokenizer.save_pretrained)
     if len(tokenizer) > recipe.model["vocab_size"]:
         raise ValueError(
             f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {data.tokenizer!r} has "

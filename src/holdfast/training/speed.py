@@ -61,8 +61,10 @@ class SpeedMeter(TrainerCallback):
         model: nn.Module = kwargs["model"]
         known = next((module for module in model.modules() if isinstance(module, HybridForCausalLM)), None)
         if self.peak_flops is None and known is not None and args.device.type in ("cpu", "cuda"):
-            dtype = torch.bfloat16 if args.bf16 else next(model.parameters()).dtype
-            self.peak_flops = measure_matmul(args.device, dtype)
+            dtypes = {torch.bfloat16 if args.bf16 else next(model.parameters()).dtype}
+            if args.device.type == "cpu":  # without instructions for bfloat16, products in it are slower
+                dtypes.add(torch.float32)
+            self.peak_flops = max(measure_matmul(args.device, dtype) for dtype in dtypes)
         self._devices = args.world_size
         self._hook = model.register_forward_pre_hook(_Counter(self, known), with_kwargs=True)
         self._mark = time.perf_counter()

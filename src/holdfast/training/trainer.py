@@ -308,7 +308,11 @@ class HybridTrainer(Trainer):
                 raise ValueError(
                     f"{checkpoint} holds no position in the data; it is not of a run that streams its text."
                 )
-            self.train_dataset.load_state_dict([json.loads(path.read_text(encoding="utf-8")) for path in files])
+            with explaining_reads(checkpoint, "data position"):
+                positions = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+                for position in positions:
+                    position["stream"], position["lanes"]
+            self.train_dataset.load_state_dict(positions)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name: not missing
@@ -319,6 +323,6 @@ class HybridTrainer(Trainer):
         step = -1 if self._first_bad_step is None else int(self._first_bad_step.item())
         if step >= 0:
             raise TrainingDivergedError(
-                f"The loss is not a finite number since step {step}: lower the learning rate, or resume from the last "
-                "checkpoint with a longer warm-up or stronger clipping."
+                f"The loss is not a finite number since step {step}: lower the learning rate, warm up longer or clip "
+                "harder, in a run of another name; resumed, this one would take the same steps again."
             )
