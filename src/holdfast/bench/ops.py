@@ -165,7 +165,8 @@ def _attention_cases(setup: Setup[OpsSettings], size: AttentionSize) -> Iterator
     others = [CAUSAL, *([CAUSAL_BY_TIME] if short else []), *([FLEX] if device.type == "cuda" else [])]
     names = [BUDGET, UNCAPPED, *([GIVEN] if short else []), *(others if settings.peers else [])]
     pairs = {name: inputs.pairs(name) for name in names}
-    small = dataclasses.replace(size, tokens=min(size.tokens, WARM_UP_TOKENS))
+    few = min(size.tokens, WARM_UP_TOKENS)
+    small = dataclasses.replace(size, tokens=few, kept=max(1, few // 2))  # few, so that a store is run
     for label, backward in PASSES.items():
         if FLEX in names:  # each length gets code compiled for it, and none runs uncompiled for too many compilations
             torch.compiler.reset()
