@@ -46,17 +46,20 @@ def write_files(directory: str | os.PathLike[str], save: Callable[[str], object]
     """Let `save` write files into a folder of its own; they come to `directory` when all are whole.
 
     Raises:
-        OSError: naming the directory, if they cannot be written, whatever `save` raises then.
+        OSError: naming the directory, if they cannot be written; also where `save` raises a bare Exception then.
     """
     target = Path(directory)
-    try:
+    with naming(target):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as folder:
-            save(folder)
+            try:
+                save(folder)
+            except Exception as error:
+                if type(error) is not Exception:  # as that of tokenizers, whatever has happened
+                    raise
+                raise OSError(f"{target} cannot be written ({' '.join(str(error).split()).rstrip('.')}).") from error
             for path in Path(folder).iterdir():
                 os.replace(path, target / path.name)
-    except Exception as error:
-        raise OSError(f"{target} cannot be written ({' '.join(str(error).split()).rstrip('.')}).") from error
 
 
 def publish_directory(source: Path, target: Path) -> None:

@@ -71,13 +71,13 @@ def test_a_turn_of_several_samples_begins_with_one_that_is_not_counted(clock: Fa
 
 
 def test_short_work_is_repeated_until_a_sample_lasts(clock: FakeClock) -> None:
-    """A call of 3 seconds, cold, and 2 after it: to fill 10 seconds takes 4 of them, as the first says."""
+    """A call of 9 seconds, cold, and 3 after it: to fill 10 seconds takes 4 of them."""
     log: list[str] = []
-    seconds = [90.0, 3.0, 2.0, 2.0, 2.0, 4.0, 3.0, 1.0, 1.0, 1.0, 1.0]
+    seconds = [90.0, 9.0, 3.0, 2.0, 2.0, 2.0, 4.0, 9.0, 3.0, 1.0, 1.0, 1.0, 1.0]
     timings = measure([takes(clock, "a", seconds, log, shortest_sample=10.0)], turns=2, limit=1e9, device=CPU)
     assert timings["a"].turns == [[2.5], [1.0]]
     assert log.count("prepare a") == 3
-    long = takes(clock, "long", [90.0, 11.0, 12.0, 13.0, 14.0], log, shortest_sample=10.0)
+    long = takes(clock, "long", [90.0, 9.0, 11.0, 12.0, 9.0, 13.0, 14.0], log, shortest_sample=10.0)
     assert measure([long], turns=2, limit=1e9, device=CPU)["long"].turns == [[12.0], [14.0]]
 
 

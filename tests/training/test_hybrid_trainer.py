@@ -160,7 +160,8 @@ def test_whether_a_run_is_finished(finished, tmp_path):
     )
     assert not is_finished(tmp_path / "nothing", recipe)
     assert is_finished(directory, recipe)
-    assert not is_finished(directory, longer)
+    with pytest.raises(RunDirectoryError, match="holds a finished run of 8 steps, not 9"):
+        is_finished(directory, longer)
     with pytest.raises(RunDirectoryError, match=r"was started with training\.learning_rate"):
         is_finished(directory, other)
     claim(tmp_path / "begun", recipe, resume=False)
@@ -354,6 +355,13 @@ def test_scorers_may_have_a_final_learning_rate_of_their_own(tmp_path):
             TrainingArguments(str(tmp_path), lr_scheduler_type="linear"),
             scorer_final_lr_share=0.5,
         )
+    model = HybridForCausalLM(HybridConfig(**MODEL))
+    arguments = TrainingArguments(
+        str(tmp_path), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, use_cpu=True
+    )
+    own = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ValueError, match="needs the Trainer's own optimizer and schedule"):
+        HybridTrainer(model, arguments, scorer_final_lr_share=0.5, optimizers=own).create_scheduler(3)
 
 
 def test_text_isolated_in_bf16_with_checkpointing_and_evaluation(tmp_path):
@@ -408,10 +416,11 @@ def test_a_narrow_terminal_shows_the_bar_and_every_number(tmp_path):
         assert shown in last[1]
 
 
-def test_processes_that_cannot_share_a_stream_are_told_before_anything_is_built(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokenizer", ["byte", "train"])
+def test_processes_that_cannot_share_a_stream_are_told_before_a_model_is_built(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{row}: kelp"}) + "\n" for row in range(64)))
-    data = TextData(str(tmp_path / "rows.jsonl"), length=32, in_memory=0, lanes=16)
-    recipe = dataclasses.replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 259}, data=data)
+    data = TextData(str(tmp_path / "rows.jsonl"), tokenizer=tokenizer, length=32, in_memory=0, lanes=16)
+    recipe = dataclasses.replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 300}, data=data)
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 3))
     monkeypatch.setattr(TrainingArguments, "main_process_first", lambda *args, **kwargs: contextlib.nullcontext())
     with pytest.raises(ValueError, match=r"16 lanes, which 3 processes .* \(data\.lanes of a recipe\)"):

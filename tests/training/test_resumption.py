@@ -212,14 +212,17 @@ def test_a_damaged_checkpoint_is_named(file, what, damage, tmp_path, capsys):
     assert lines[0].startswith(f"holdfast: The {what} of ")
 
 
-@pytest.mark.parametrize("content", ['{"format"', '{"format": 1}', "[]"])
+@pytest.mark.parametrize("content", ['{"format"', '{"format": 1}', "[]", '{"lanes": {"0": {}}}', '{"lanes": []}'])
 def test_a_damaged_position_in_the_data_is_named(content, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{row}: kelp"}) + "\n" for row in range(64)))
     data = TextData(str(tmp_path / "rows.jsonl"), length=32, in_memory=0, lanes=4, shuffle=8)
     recipe = dataclasses.replace(make_recipe(tmp_path, max_steps=3), model=MODEL | {"vocab_size": 259}, data=data)
     run = train(recipe)
     (run / "summary.json").unlink()
-    (run / "checkpoint-3" / "data_position" / "rank-00000.json").write_text(content)
+    file = run / "checkpoint-3" / "data_position" / "rank-00000.json"
+    if "lanes" in content:  # damaged further down
+        content = json.dumps(json.loads(file.read_text()) | json.loads(content))
+    file.write_text(content)
     longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=6))
     with pytest.raises(CheckpointError, match=r"The data position of .*checkpoint-3 cannot be read \(.+\): remove"):
         train(longer, resume=True)

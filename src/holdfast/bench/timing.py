@@ -22,6 +22,9 @@ from holdfast.data.progress import track
 __all__ = ["Summary", "Timing", "Variant", "measure", "speed_ratio", "turn_order"]
 
 
+_RESOLUTION = 1e-6  # seconds that a call takes at least
+
+
 def _nothing() -> None:
     pass
 
@@ -37,7 +40,8 @@ class Variant:
         samples_per_turn: calls of `run` that are timed in a turn. With several, one call that is not timed goes
             first, since it finds the caches full of what other variants have read.
         shortest_sample: seconds. Of work that takes less, a sample is the mean over as many calls as take that long,
-            after one that is not timed: a single call of some microseconds measures the clock and cold caches.
+            after two that are not counted: a single call of some microseconds measures the clock and cold caches. On
+            CUDA the calls follow each other without waiting.
     """
 
     name: str
@@ -148,10 +152,10 @@ def turn_order(count: int, turn: int) -> list[int]:
 def _take_turn(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> list[float]:
     variant.prepare()
     calls = 1
-    if variant.shortest_sample:
-        calls = math.ceil(variant.shortest_sample / clock(variant.run))
-    elif variant.samples_per_turn > 1:
+    if variant.shortest_sample or variant.samples_per_turn > 1:
         variant.run()
+    if variant.shortest_sample:
+        calls = math.ceil(variant.shortest_sample / max(clock(variant.run), _RESOLUTION))
     return [clock(functools.partial(_repeat, variant.run, calls)) / calls for _ in range(variant.samples_per_turn)]
 
 

@@ -30,7 +30,7 @@ from holdfast.data.packing import PackedText
 from holdfast.data.progress import track
 from holdfast.data.sources import TextSource, describe_skipped, logger, usable
 from holdfast.data.tokenizers import encode_documents, fingerprint
-from holdfast.files import naming, replacing, write_json
+from holdfast.files import naming, replacing, write_files, write_json
 
 __all__ = ["PreparedSplit", "is_prepared", "open_prepared", "prepare"]
 
@@ -99,7 +99,7 @@ def prepare(
     shards = [shard for shard in shards if shard["tokens"]]
     if not shards:
         raise ValueError(f"{source.name} holds no text.")
-    tokenizer.save_pretrained(target)
+    write_files(target, tokenizer.save_pretrained)
     description = {
         "format": FORMAT,
         "dtype": _dtype(tokenizer).name,

@@ -54,8 +54,7 @@ def streaming_retention(
             are counted from there. The keys of the sequence before keep what they had: the caller caps their
             `visible_until` at the end of their sequence.
         backend: "numba" (on the CPU) or "triton" (CUDA and ROCm, 1 ≤ budget ≤ 8192). None takes triton on a GPU where
-            it is installed and the budget fits; else numba. Neither is asked where every candidate has a slot (no
-            budget, or with None at least as many slots as keys).
+            it is installed and the budget fits; else numba; and neither where there are as many slots as keys.
 
     Returns:
         int64 [B, T, Hkv] on the device of `scores`.
@@ -142,7 +141,7 @@ def _keep_all(scores: Tensor, window: int, sinks: int, starts: Tensor | None) ->
     candidates = scores > 0
     if sinks:
         candidates |= (position if starts is None else position - _last_start(starts)[..., None]) < sinks
-    return torch.where(candidates, FOREVER, position + window)
+    return torch.where(candidates, FOREVER, position + window).contiguous()
 
 
 def _last_start(starts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
@@ -21,8 +22,9 @@ logger = logging.get_logger(__name__)
 
 INCOMPLETE = ".incomplete"
 STATE_FILE = "trainer_state.json"
-# What the file system, torch and safetensors raise where a file cannot be written.
-_WRITE_FAILURES = (OSError, RuntimeError, SafetensorError)
+# What the file system, torch and safetensors raise where a file cannot be written. CheckpointException, of sharded
+# checkpoints, is no Exception.
+_WRITE_FAILURES = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 class CheckpointError(RuntimeError):
@@ -115,30 +117,31 @@ def explaining_writes(run: Path, step: int) -> Iterator[None]:
     except _WRITE_FAILURES as error:
         shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
         free = shutil.disk_usage(run).free
-        earlier = "earlier checkpoints are whole" if checkpoints(run) else "there is no earlier checkpoint"
+        advice = "resume; earlier checkpoints are whole" if checkpoints(run) else "start again; there is none before it"
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {run} ({_reason(error)}; {free / 1e6:,.0f} MB are "
-            f"free there): make room and resume; {earlier}."
+            f"free there): make room and {advice}."
         ) from error
 
 
 @contextlib.contextmanager
-def explaining_reads(checkpoint: str | None, what: str) -> Iterator[None]:
-    """Turn any failure to read `what` from a checkpoint into a `CheckpointError`."""
+def explaining_reads(checkpoint: str | None, what: str, refusal: type[Exception] = CheckpointError) -> Iterator[None]:
+    """Turn any failure to read `what` from a checkpoint into a `CheckpointError`; a `refusal` is let through."""
     try:
         yield
-    except CheckpointError:
+    except refusal:
         raise
-    except Exception as error:  # a reader that meets arbitrary bytes raises what it likes, an IndexError among others
+    # A reader that meets arbitrary bytes raises what it likes, an IndexError among others.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"The {what} of {checkpoint} cannot be read ({_reason(error)}): remove that directory and resume from an "
-            "earlier checkpoint."
+            f"The {what} of {checkpoint} cannot be read ({_reason(error)}): remove that directory, if it is damaged "
+            "and not of another version, and resume from an earlier checkpoint."
         ) from error
 
 
 def _reason(error: BaseException) -> str:
     """The first line of an error, without the stack of C++ calls that some of torch's carry."""
     text = " ".join(str(error).split("\n", 1)[0].split()).rstrip(".")
-    if isinstance(error, LookupError) or not text:  # their text alone says little: "pop from empty list", "'\\x85'"
-        text = f"{type(error).__name__} {text}".rstrip()
+    if not isinstance(error, OSError | RuntimeError) or not text:  # else: "pop from empty list", "'\\x85'"
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
     return text[:200]

@@ -65,22 +65,25 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
 
 
 def is_finished(directory: Path, recipe: Recipe) -> bool:
-    """Whether a run by this recipe, and as long, has been finished here.
+    """Whether a run by this recipe has been finished here.
 
     Raises:
-        RunDirectoryError: if the directory holds a run by another recipe.
+        RunDirectoryError: if the directory holds a run by another recipe, or a finished one of another length.
     """
     if not (directory / RECIPE_FILE).exists():
         return False
     _check_same(directory / RECIPE_FILE, recipe)
-    return (directory / SUMMARY_FILE).exists() and recipe.training.max_steps <= _steps_taken(directory)
+    if not (directory / SUMMARY_FILE).exists():
+        return False
+    if (steps := _steps_taken(directory)) != recipe.training.max_steps:
+        raise RunDirectoryError(f"{directory} holds a finished run of {steps} steps, not {recipe.training.max_steps}.")
+    return True
 
 
 def release(directory: Path) -> None:
     """Leave a directory that was claimed in vain, unless something has been written there since."""
-    if [entry.name for entry in directory.iterdir()] == [RECIPE_FILE]:
-        (directory / RECIPE_FILE).unlink()
-        directory.rmdir()
+    if {entry.name for entry in directory.iterdir()} <= _PREPARED:
+        shutil.rmtree(directory)
 
 
 def _reopen(directory: Path, recipe: Recipe, alternatives: str) -> None:

@@ -28,8 +28,9 @@ class SpeedMeter(TrainerCallback):
     counted.
 
     Args:
-        peak_flops: operations per second that one device could make in the dtype of training; None: the best of a few
-            large matrix products, measured when training begins (on CPUs and CUDA; a fraction of a second).
+        peak_flops: operations per second that one device could make in the dtype of training (on a CPU that trains in
+            bfloat16: in that or float32, whichever is faster); None: the best of a few large matrix products, measured
+            when training begins (on CPUs and CUDA; a fraction of a second).
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -62,7 +63,7 @@ class SpeedMeter(TrainerCallback):
         known = next((module for module in model.modules() if isinstance(module, HybridForCausalLM)), None)
         if self.peak_flops is None and known is not None and args.device.type in ("cpu", "cuda"):
             dtypes = {torch.bfloat16 if args.bf16 else next(model.parameters()).dtype}
-            if args.device.type == "cpu":  # without instructions for bfloat16, products in it are slower
+            if args.device.type == "cpu" and args.bf16:  # without instructions for it, products in bfloat16 are slower
                 dtypes.add(torch.float32)
             self.peak_flops = max(measure_matmul(args.device, dtype) for dtype in dtypes)
         self._devices = args.world_size

@@ -62,7 +62,7 @@ def parameter_groups(
             not into the flat ends of the sigmoid, where nothing is learned; None: as for the rest.
 
     Returns:
-        Up to four groups with the keys `params`, `lr`, `weight_decay`, and `scorers`: whether they are scorers'.
+        Up to four groups with the keys `params`, `lr`, `weight_decay`.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -73,12 +73,7 @@ def parameter_groups(
         if parameter.requires_grad or is_scorer:
             groups.setdefault((is_scorer, decay), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0),
-            "weight_decay": decay,
-            "scorers": is_scorer,
-        }
+        {"params": parameters, "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0), "weight_decay": decay}
         for (is_scorer, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
@@ -102,7 +97,8 @@ class HybridTrainer(Trainer):
             None: that of the rest.
 
     Raises:
-        ValueError: a `scorer_final_lr_share` with another schedule.
+        ValueError: a `scorer_final_lr_share` with another schedule, or (in `train`) with an optimizer or a scheduler of
+            one's own.
     """
 
     def __init__(
@@ -122,6 +118,7 @@ class HybridTrainer(Trainer):
                 f"scorer_final_lr_share needs lr_scheduler_type 'cosine_with_min_lr', not {schedule.value}."
             )
         self.scorer_final_lr_share = scorer_final_lr_share
+        self._scorer_groups: list[int] | None = None
         if isinstance(self.train_dataset, TextStream):
             self.args.ignore_data_skip = True  # a stream goes to its position at once
         self.scorer_weight_decay = scorer_weight_decay
@@ -171,13 +168,16 @@ class HybridTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
             groups = parameter_groups(
-                self.model if model is None else model,  # type: ignore[arg-type]
+                trained,
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 scorer_lr_scale=self.scorer_lr_scale,
                 scorer_weight_decay=self.scorer_weight_decay,
             )
+            scorers = {id(p) for name, p in trained.named_parameters() if ".router." in f".{name}"}
+            self._scorer_groups = [index for index, group in enumerate(groups) if id(group["params"][0]) in scorers]
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
@@ -186,16 +186,20 @@ class HybridTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         is_new = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new and self.scorer_final_lr_share is not None:
-            course = get_cosine_with_min_lr_schedule_with_warmup(
-                SGD([torch.zeros(1)]),  # of none of ours: it would set their learning rates
-                self.args.get_warmup_steps(num_training_steps),
-                num_training_steps,
-                min_lr_rate=self.scorer_final_lr_share,
-            ).lr_lambdas[0]
-            for index, group in enumerate(scheduler.optimizer.param_groups):
-                if group["scorers"]:
-                    scheduler.lr_lambdas[index] = course  # type: ignore[attr-defined]
+        if self.scorer_final_lr_share is None or (self._created_lr_scheduler and not is_new):  # known, or made before
+            return scheduler
+        if not is_new or self._scorer_groups is None:
+            raise ValueError("scorer_final_lr_share needs the Trainer's own optimizer and schedule.")
+        options = dict(self.args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+        options.pop("min_lr", None)
+        course = get_cosine_with_min_lr_schedule_with_warmup(
+            SGD([torch.zeros(1)]),  # of none of ours: it would set their learning rates
+            self.args.get_warmup_steps(num_training_steps),
+            num_training_steps,
+            **options | {"min_lr_rate": self.scorer_final_lr_share},
+        ).lr_lambdas[0]
+        for index in self._scorer_groups:
+            scheduler.lr_lambdas[index] = course  # type: ignore[attr-defined]
         return scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -310,9 +314,8 @@ class HybridTrainer(Trainer):
                 )
             with explaining_reads(checkpoint, "data position"):
                 positions = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-                for position in positions:
-                    position["stream"], position["lanes"]
-            self.train_dataset.load_state_dict(positions)
+            with explaining_reads(checkpoint, "data position", refusal=ValueError):
+                self.train_dataset.load_state_dict(positions)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under another name: not missing
