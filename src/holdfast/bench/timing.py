@@ -39,9 +39,9 @@ class Variant:
         prepare: what makes the state that a turn begins with; called at the beginning of every turn, not timed.
         samples_per_turn: calls of `run` that are timed in a turn. With several, one call that is not timed goes
             first, since it finds the caches full of what other variants have read.
-        shortest_sample: seconds. Of work that takes less, a sample is the mean over as many calls as take that long,
-            after two that are not counted: a single call of some microseconds measures the clock and cold caches. On
-            CUDA the calls follow each other without waiting.
+        shortest_sample: seconds; with one sample per turn. Of work that takes less, it is the mean over as many calls
+            as take that long, after two that are not counted: a single call of some microseconds measures the clock and
+            cold caches. On CUDA the calls follow each other without waiting.
     """
 
     name: str
@@ -151,12 +151,20 @@ def turn_order(count: int, turn: int) -> list[int]:
 
 def _take_turn(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> list[float]:
     variant.prepare()
-    calls = 1
-    if variant.shortest_sample or variant.samples_per_turn > 1:
-        variant.run()
     if variant.shortest_sample:
-        calls = math.ceil(variant.shortest_sample / max(clock(variant.run), _RESOLUTION))
-    return [clock(functools.partial(_repeat, variant.run, calls)) / calls for _ in range(variant.samples_per_turn)]
+        return [_sample_short_work(variant, clock)]
+    if variant.samples_per_turn > 1:
+        variant.run()
+    return [clock(variant.run) for _ in range(variant.samples_per_turn)]
+
+
+def _sample_short_work(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> float:
+    """Seconds of one call; of many, after two that are not counted, where one is too short to be a sample."""
+    first = clock(variant.run)
+    if first >= variant.shortest_sample:
+        return first
+    calls = math.ceil(variant.shortest_sample / max(clock(variant.run), _RESOLUTION))
+    return clock(functools.partial(_repeat, variant.run, calls)) / calls
 
 
 def _repeat(run: Callable[[], object], calls: int) -> None:

@@ -66,7 +66,7 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_scorer = ".router." in f".{name}"
+        is_scorer = _is_scorers(name)
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         if is_scorer and scorer_weight_decay is not None:
             decay = scorer_weight_decay
@@ -76,6 +76,11 @@ def parameter_groups(
         {"params": parameters, "lr": learning_rate * (scorer_lr_scale if is_scorer else 1.0), "weight_decay": decay}
         for (is_scorer, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _is_scorers(name: str) -> bool:
+    """Whether a parameter of this name is a scorer's."""
+    return ".router." in f".{name}"
 
 
 class HybridTrainer(Trainer):
@@ -176,7 +181,7 @@ class HybridTrainer(Trainer):
                 scorer_lr_scale=self.scorer_lr_scale,
                 scorer_weight_decay=self.scorer_weight_decay,
             )
-            scorers = {id(p) for name, p in trained.named_parameters() if ".router." in f".{name}"}
+            scorers = {id(parameter) for name, parameter in trained.named_parameters() if _is_scorers(name)}
             self._scorer_groups = [index for index, group in enumerate(groups) if id(group["params"][0]) in scorers]
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
