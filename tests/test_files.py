@@ -38,3 +38,5 @@ def test_a_full_disk_says_which_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match=r"'other'"), naming(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "other")
+    with pytest.raises(ConnectionResetError, match=r"^\[Errno \d+\] reset by peer$"), naming(tmp_path):
+        raise ConnectionResetError(errno.ECONNRESET, "reset by peer")  # of what was being read

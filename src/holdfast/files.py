@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -33,11 +36,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an `OSError` that names no file, as that of a full disk, the path that was being written."""
+    """Give the `OSError` of a full disk, which names no file, the path that was being written.
+
+    Others may be those of what is read meanwhile, a connection that broke for instance: they stay as they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in _NO_ROOM or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
