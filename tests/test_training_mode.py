@@ -38,7 +38,7 @@ def test_training_mode_keeps_every_pair_with_a_positive_score(small_model: Model
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_exploration_shows_dropped_pairs(small_model: ModelFactory, share: float) -> None:
-    model = small_model("learned_eviction").train()
+    model = small_model("learned_eviction", options={"learned_eviction": {"budget": 40}}).train()
     ids = random_ids(2, 40)
     evicting = one_pass(model, ids)
     layer = model.model.eviction_layers()[0]

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from holdfast import HybridCache, HybridConfig, HybridForCausalLM
+from holdfast.mixers.layout import TokenLayout
 from holdfast.mixers.learned_eviction import LearnedEvictionOptions
+from holdfast.ops.retention import FOREVER
 
 OPTIONS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": 8, "budget": 6, "sinks": 1, "dropout": 0.0}
 
@@ -46,12 +48,38 @@ def test_training_with_the_cap_computes_what_evaluation_does() -> None:
 
 
 def test_exploration_shows_dropped_pairs_and_nothing_else() -> None:
-    model = make_model().train()
+    model = make_model(budget=61).train()
     layer = model.model.eviction_layers()[0]
     layer.exploration = 1.0
     explored = model(tokens()).logits
     layer.exploration, layer.eviction = 0.0, False
     torch.testing.assert_close(explored, model(tokens()).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_explored_pairs_are_a_random_sample_no_larger_than_the_budget(share: float) -> None:
+    """Each of the pairs beyond the window is as likely as another, whenever it came, and their number does not grow."""
+    torch.manual_seed(3)
+    rows, length, window, budget = 400, 90, OPTIONS["window"], 12
+    layer = make_model(budget=budget).model.eviction_layers()[0]
+    layer.exploration = share
+    columns = torch.arange(length)
+    dropped_at_once = (columns + window).view(1, -1, 1).repeat(rows, 1, 2)
+    kept = torch.rand(rows, length, 2) < 0.3
+    visible_until = dropped_at_once.masked_fill(kept, FOREVER)
+    found = layer._explored(visible_until, TokenLayout.whole(rows, length))
+    assert (found[kept] == FOREVER).all()
+    assert (found >= visible_until).all()
+    query = length - 1
+    explored = (found >= query) & ~kept & (columns + window < query).view(1, -1, 1)
+    counts = explored.sum(dim=1).float()
+    eligible = length - 1 - window
+    assert counts.max() <= budget
+    assert (counts.mean() - min(budget, share * 0.7 * eligible)).abs() < 0.5
+    chances = explored.float().mean(dim=(0, 2))[:eligible] / 0.7
+    expected = counts.mean() / eligible / 0.7
+    spread = (expected * (1 - expected) / (rows * 2 * 0.7)).sqrt()
+    assert ((chances - expected).abs() < 5 * spread).all()
 
 
 def test_without_a_threshold_the_store_is_always_full() -> None:

@@ -119,7 +119,8 @@ class LearnedEviction(SoftmaxAttention):
         eviction: False lets every query see everything while training, and gives the scorer gradients of zero, from
             the penalty too (a schedule switches it on).
         training_budget: slots of the store in training, so that what is kept is decided by rank; None: no cap.
-        exploration: share of the dropped pairs that stay visible while training, so that they are taught too.
+        exploration: share of the dropped pairs that stay visible while training, so that they are taught too; at most
+            `budget` at a time, a random sample of them.
         substitute: where it is set, it scores in place of the router, in passes without a cache (see
             `holdfast.evaluation.scorers`): called with queries [B, T, H, D] and keys [B, T, Hkv, D] after RoPE, the
             router's features [B, T, Hkv, 2D] and the layout, it returns scores [B, T, Hkv].
@@ -286,7 +287,16 @@ class LearnedEviction(SoftmaxAttention):
         if not self.eviction:
             return torch.full_like(effective, FOREVER, dtype=torch.long)
         visible_until = streaming_retention(effective, self.training_budget, self.options.window, starts=layout.starts)
-        if self.exploration > 0:
-            explored = torch.rand_like(effective) < self.exploration
-            visible_until = visible_until.masked_fill(explored, FOREVER)
-        return visible_until
+        return self._explored(visible_until, layout) if self.exploration > 0 else visible_until
+
+    def _explored(self, visible_until: Tensor, layout: TokenLayout) -> Tensor:
+        """`visible_until` with a random share of the dropped pairs left visible, at most `budget` of them at a time.
+
+        They share a second store, where random numbers decide as scores do in the first: at every step it holds a
+        uniform sample of what has been drawn so far, and a query reads a fixed number of pairs more.
+        """
+        chances = torch.rand(visible_until.shape, device=visible_until.device)
+        drawn = (chances < self.exploration) & (visible_until < FOREVER)
+        ranks = chances.masked_fill(~drawn, -torch.inf)
+        options = self.options
+        return visible_until.maximum(streaming_retention(ranks, options.budget, options.window, starts=layout.starts))

@@ -27,8 +27,9 @@ class RetentionSchedule:
     scorer_freeze_steps: int = 0
     """For the first so many steps the scorer is not trained."""
     exploration: float = 0.0
-    """Share of the dropped pairs that stay visible, so that their scores get a gradient too. It is the share at step 0
-    of the run and falls from there, with eviction on or not: where eviction starts later, it starts with less."""
+    """Share of the dropped pairs that stay visible, so that their scores get a gradient too; at most as many as the
+    budget at a time, a random sample of them. It is the share at step 0 of the run and falls from there, with eviction
+    on or not: where eviction starts later, it starts with less."""
     exploration_end: float = 0.5
     """Fraction of the run at which exploration, falling linearly, reaches 0."""
     soft_gate: float = 0.0
