@@ -3,7 +3,8 @@
     holdfast demo --seed 0 --output runs/demo0    # and seeds 1 and 2
     python benchmarks/needle_study.py runs/demo0 runs/demo1 runs/demo2
 
-The variants of the scorer, and models whose λ is steered to a budget, are trained first, into runs/needle-study.
+The variants of the scorer, models whose λ is steered to a budget, and these with switches of training set otherwise,
+are trained first, into runs/needle-study.
 Finished ones are used again, and interrupted ones go on; a directory with a run by other settings is refused.
 """
 
@@ -14,7 +15,8 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("needle-gdn", "needle-gdn-swa", "needle-lalte", "needle-lansa", "needle-gdn-full")
 TIMES = (1, 2, 4, 8)
 """Lengths, in lengths of training."""
-PARTS = ("lengths", "turns", "variants", "steered")
+PARTS = ("lengths", "turns", "variants", "steered", "switches")
 BUDGETS = (8, 16, 24, 32, 40, 64)
 _KERNEL, _DILATION = (f"--model.mixer-options.learned-eviction.conv-{part}" for part in ("size", "dilation"))
 VARIANTS = {
@@ -60,6 +62,18 @@ STEERED = {
     ],
 }
 """Steered to a budget; 256 pairs want more than 128 tokens."""
+_AT_ONCE = ["--retention.eviction-start", "0"]
+SWITCHES = {
+    "as in the recipe": [],
+    "budget not enforced": ["--retention.no-enforce-budget"],
+    "no exploration": ["--retention.exploration", "0"],
+    "exploration and soft gate": ["--retention.soft-gate", "1", "--retention.soft-gate-end", "0.6"],
+    "eviction from step 0": _AT_ONCE,
+    "eviction from step 0, scorer frozen till 500": [*_AT_ONCE, "--retention.scorer-freeze-steps", "500"],
+    "one scorer for both heads": ["--model.mixer-options.learned-eviction.scorer-sharing", "layer"],
+    "one lambda for both heads": ["--controller.sharing", "layer"],
+}
+"""One switch of `needle-lalte-steered` set otherwise, at b = 16."""
 MOST_SEEDS = {"b = 256": 2}
 """Of variants that take a quarter of an hour each."""
 
@@ -101,16 +115,29 @@ def steered(run: Path) -> dict[str, Any]:
     return course(read_history(run)) | {"within": result.within.to_dict(), "beyond": result.beyond.to_dict()}
 
 
-def trained(recipe: str, variants: Mapping[str, list[str]], seeds: int, folder: Path) -> Iterator[tuple[str, Path]]:
-    """The runs of `recipe` with the settings of each variant, trained if they are not there yet."""
-    for name, seed in itertools.product(variants, range(seeds)):
-        if seed >= MOST_SEEDS.get(name, seeds):
-            continue
-        place = folder / f"{name.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
-        overrides = ["--training.seed", str(seed), *variants[name], "--output.directory", str(place)]
+class Trainings:
+    """Runs of a recipe with other settings, which are trained if they are not there yet."""
+
+    def __init__(self, folder: Path, seeds: int, jobs: int) -> None:
+        self.folder, self.seeds, self.jobs = folder, seeds, jobs
+
+    def of(self, recipe: str, variants: Mapping[str, list[str]]) -> list[tuple[str, Path]]:
+        """The runs of every variant, one per seed, as (variant, directory); all are finished when this returns."""
+        wanted = [
+            (name, seed)
+            for seed, name in itertools.product(range(self.seeds), variants)
+            if seed < MOST_SEEDS.get(name, self.seeds)
+        ]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            places = list(pool.map(lambda run: self._train(recipe, *run, variants[run[0]]), wanted))
+        return [(name, place) for (name, _), place in zip(wanted, places, strict=True)]
+
+    def _train(self, recipe: str, name: str, seed: int, settings: list[str]) -> Path:
+        place = self.folder / f"{name.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
+        overrides = ["--training.seed", str(seed), *settings, "--output.directory", str(place)]
         if not is_finished(place / recipe, chosen_recipe(recipe, overrides)):
             subprocess.run([sys.executable, "-m", "holdfast.cli", "train", recipe, "--resume", *overrides], check=True)
-        yield name, place / recipe
+        return place / recipe
 
 
 def study(what: str, measure: Callable[[Path], Any], runs: Iterable[tuple[str, Path]]) -> dict[str, Any]:
@@ -127,12 +154,14 @@ def main() -> None:
     parser.add_argument("demos", nargs="*", type=Path, help="directories of demos, one per seed")
     parser.add_argument("--runs", type=Path, default=Path("runs/needle-study"), help="where variants are trained")
     parser.add_argument("--seeds", type=int, default=3, help="of the variants")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; OMP_NUM_THREADS=1 suits several")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     given = parser.parse_args()
     if not given.demos and {"lengths", "turns"} & {*given.parts}:
         parser.error("lengths and turns are measured of demos: name their directories, or other --parts.")
     quieten_transformers()
     runs = [(name, demo / name) for name in MODELS for demo in given.demos]
+    trainings = Trainings(given.runs, given.seeds, given.jobs)
     if "lengths" in given.parts:
         what = "accuracy within and beyond the window at 1, 2, 4 and 8 times the length of training, 256 samples"
         write_json(RESULTS / "needle-lengths.json", study(what, lengths, runs))
@@ -141,12 +170,16 @@ def main() -> None:
         write_json(RESULTS / "turns.json", study(what, turns, runs))
     if "variants" in given.parts:
         what = "accuracy beyond the window of laLTE with other scorers, trained with 40 slots, by budget, 512 samples"
-        variants = trained("needle-lalte", VARIANTS, given.seeds, given.runs)
-        write_json(RESULTS / "scorer-variants.json", study(what, budgets, variants))
+        write_json(RESULTS / "scorer-variants.json", study(what, budgets, trainings.of("needle-lalte", VARIANTS)))
     if "steered" in given.parts:
         what = "pairs that heads keep at the end of training, steered to a budget, on the needle task"
-        runs_by_budget = trained("needle-lalte-steered", STEERED, given.seeds, given.runs)
-        write_json(RESULTS / "needle-steered.json", study(what, steered, runs_by_budget))
+        by_budget = trainings.of("needle-lalte-steered", STEERED)
+        write_json(RESULTS / "needle-steered.json", study(what, steered, by_budget))
+    if "switches" in given.parts:
+        what = "switches of training on the needle task, steered to b = 16: pairs kept at the end, and accuracy"
+        switched = {name: [*STEERED["b = 16"], *overrides] for name, overrides in SWITCHES.items()}
+        by_switch = trainings.of("needle-lalte-steered", switched)
+        write_json(RESULTS / "switches.json", study(what, steered, by_switch))
 
 
 if __name__ == "__main__":
