@@ -216,6 +216,15 @@ def test_a_corpus_of_few_documents_has_as_many_lanes(tmp_path: Path) -> None:
         stream(load_text(write_rows(tmp_path / "empty.jsonl", [None, ""])))
 
 
+@pytest.mark.parametrize("files", [2, 4])
+def test_more_lanes_than_files_are_told(tmp_path: Path, files: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="holdfast.data"):
+        stream(corpus(tmp_path, files=files), lanes=4)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (files == 2)
+    assert all("has fewer files (2) than lanes (4)" in message for message in messages)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_rows_are_counted_and_reported_once(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*(f"text number {number}" for number in range(20)), None, 7, "", None]
@@ -224,7 +233,7 @@ def test_bad_rows_are_counted_and_reported_once(tmp_path: Path, workers: int, ca
     with caplog.at_level(logging.WARNING, logger="holdfast.data"):
         take(blocks)
     assert blocks.skipped == {"without text": 2, "not of type str": 1, "empty": 1}
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert messages[-1].endswith("skipped 4 rows that hold no text: 2 without text, 1 empty, 1 not of type str")
     assert len(messages) <= 2
     assert str(tmp_path / "a.jsonl") in messages[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
 
 from holdfast.data.text import PackedText, TextStream, byte_tokenizer, load_text, prepare
-from holdfast.training import HybridTrainer, Recipe, read_metrics, train
+from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, train
 from holdfast.training.recipe import OutputSection, TextData, TrainingSection
 from holdfast.training.text_blocks import evaluation_blocks, training_blocks
 
@@ -114,6 +115,28 @@ def test_a_prepared_corpus_is_trained_on_with_its_own_tokenizer(corpus, tmp_path
     resumed = train(killed, resume=True)
     expected, found = (load_file(run / "model.safetensors") for run in (whole, resumed))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path, monkeypatch, prepared) -> None:
+    """Neither held in memory nor mapped: a place in the order of other blocks means nothing."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    if prepared:
+        prepare(load_text(text, split="train"), tmp_path / "prepared", byte_tokenizer(), split="train")
+    recipe = make_recipe(tmp_path / "runs", tmp_path / "prepared" if prepared else text, workers=0, in_memory=64)
+    train_until_killed(recipe, monkeypatch)
+    kept = (text / "train.jsonl").read_text()
+    (text / "train.jsonl").write_text(kept.replace("kelp", "hull"))  # as many tokens
+    if prepared:
+        shutil.rmtree(tmp_path / "prepared")
+        prepare(load_text(text, split="train"), tmp_path / "prepared", byte_tokenizer(), split="train")
+    with pytest.raises(RunDirectoryError, match=r"with other data \((\d+) blocks, now \1; their checksums differ"):
+        train(recipe, resume=True)
+    again = make_recipe(tmp_path / "runs", Path(recipe.data.source), workers=0, in_memory=64)
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoint-3")  # from the first step on, any data will do
+    assert train(again, resume=True)
+    assert len(losses(tmp_path / "runs" / "run")) == 2
 
 
 def test_which_blocks_a_recipe_gets(corpus, tmp_path) -> None:

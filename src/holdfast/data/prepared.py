@@ -141,7 +141,7 @@ def open_prepared(
         ValueError: naming the file that is damaged, or the split if it has not enough text for one block.
     """
     folder = Path(directory)
-    description = _read_description(folder, split)
+    description = read_description(folder, split)
     dtype = np.dtype(description["dtype"]).newbyteorder("<")
     total = sum(shard["tokens"] for shard in description["shards"])
     check = total * dtype.itemsize <= CHECKED if check is None else check
@@ -167,7 +167,7 @@ def _check_target(target: Path, split: str, tokenizer: PreTrainedTokenizerFast) 
         raise ValueError(f"{target} holds a prepared split {split!r} already; remove it, or give another directory.")
     for path in target.glob("*-00000.tokens.bin"):
         other = path.name.removesuffix("-00000.tokens.bin")
-        if is_prepared(target, other) and _read_description(target, other)["tokenizer"] != fingerprint(tokenizer):
+        if is_prepared(target, other) and read_description(target, other)["tokenizer"] != fingerprint(tokenizer):
             raise ValueError(f"{target} holds the split {other!r} with another tokenizer; give another directory.")
 
 
@@ -211,7 +211,13 @@ def _write_shard(
     return {"name": name, "tokens": total, "documents": count, "crc32": checksums, "skipped": dict(skipped)}
 
 
-def _read_description(folder: Path, split: str) -> dict[str, Any]:
+def read_description(folder: Path, split: str) -> dict[str, Any]:
+    """What `prepare` has written about a split: its `shards` with their checksums, among others.
+
+    Raises:
+        FileNotFoundError: this split has not been prepared.
+        ValueError: the description cannot be read, or is of another version.
+    """
     path = folder / f"{split}.json"
     if not is_prepared(folder, split):
         raise FileNotFoundError(f"{folder} holds no prepared split {split!r}; make it with `holdfast prepare`.")

@@ -90,6 +90,12 @@ class TextStream(IterableDataset):
             if value < lowest:
                 raise ValueError(f"{name} is {value}; give {lowest} or more.")
         lanes = _count_lanes(source, lanes)
+        if source.files < lanes and os.environ.get("RANK", "0") == "0":  # said once, however many processes train
+            logger.warning(
+                "%s has fewer files (%d) than lanes (%d), so each lane reads all of it: give no more lanes "
+                "(data.lanes of a recipe) than files, split it into more files, or prepare it (`holdfast prepare`).",
+                *(source.name, source.files, lanes),
+            )
         self.source = source
         self.tokenizer = tokenizer
         self.isolate = isolate

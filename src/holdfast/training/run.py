@@ -29,7 +29,7 @@ from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard
 from holdfast.training.metrics import MetricsFile, ProgressBar
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE
-from holdfast.training.text_blocks import evaluation_blocks, own_tokenizer, training_blocks
+from holdfast.training.text_blocks import evaluation_blocks, identify, own_tokenizer, training_blocks
 from holdfast.training.trainer import HybridTrainer
 
 
@@ -68,6 +68,10 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
             if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
                 data.training.set_rank(arguments.process_index, arguments.world_size)
+            if is_first and isinstance(recipe.data, TextData):
+                identity = identify(data.training, recipe.data)
+                if identity is not None:
+                    run_directory.keep_to_data(directory, identity, begins=checkpoint is None)
         except (ValueError, OSError):  # so that the same run may be started with other data
             if is_new:
                 run_directory.release(directory)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.configuration import AUTO_FILE
-from holdfast.files import write_text
+from holdfast.files import write_json, write_text
 from holdfast.settings import to_toml
 from holdfast.training.checkpointing import checkpoints
 from holdfast.training.recipe import Recipe, load_recipe
 
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
+DATA_FILE = "data.json"
 # Found alone, these say that a run was prepared and never trained a step.
-_PREPARED = {RECIPE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+_PREPARED = {RECIPE_FILE, DATA_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
 _OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
@@ -62,6 +63,29 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
     except OSError as error:
         raise RunDirectoryError(f"Cannot write into {directory}: {error.strerror or error}.") from error
     return not found
+
+
+def keep_to_data(directory: Path, identity: dict[str, int], begins: bool) -> None:
+    """Note what data the run was started with, or see to it that a resumed run has the same.
+
+    Args:
+        directory: of the run.
+        identity: of the data, as `identify` says.
+        begins: whether the run is at its first step, and may have any.
+
+    Raises:
+        RunDirectoryError: if it has other data: it would go on at a place in them that means nothing.
+    """
+    noted = directory / DATA_FILE
+    if begins or not noted.exists():
+        write_json(noted, identity)
+        return
+    before = json.loads(noted.read_text(encoding="utf-8"))
+    if before != identity:
+        raise RunDirectoryError(
+            f"{directory} was started with other data ({before['blocks']:,} blocks, now {identity['blocks']:,}; their "
+            "checksums differ): resume it with that, or give the run another name (--name)."
+        )
 
 
 def is_finished(directory: Path, recipe: Recipe) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
+from pathlib import Path
 
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerFast
 
+from holdfast.data.prepared import read_description
 from holdfast.data.sources import LocalText
 from holdfast.data.text import (
     PackedText,
@@ -63,6 +67,20 @@ def evaluation_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast) -> Dat
         isolate=data.isolate,
         max_tokens=data.validation_tokens,
     )
+
+
+def identify(blocks: Dataset, data: TextData) -> dict[str, int] | None:
+    """What tells the blocks of `training_blocks` from others: their number, and a checksum of their tokens.
+
+    None of a stream: the position in it, which checkpoints hold, says of which corpus it is. O(tokens) in memory, O(1)
+    for prepared blocks, whose checksums are known.
+    """
+    if isinstance(blocks, PackedText):
+        return {"blocks": len(blocks), "checksum": zlib.crc32(blocks.tokens.data)}
+    if is_prepared(data.source):
+        shards = read_description(Path(data.source), data.split)["shards"]
+        return {"blocks": len(blocks), "checksum": zlib.crc32(json.dumps(shards, sort_keys=True).encode())}  # type: ignore[arg-type]
+    return None
 
 
 def own_tokenizer(data: TextData, vocab_size: int) -> PreTrainedTokenizerFast:
