@@ -30,7 +30,7 @@ from holdfast.training.history import RunHistory, read_history
 
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results" / "books.json"
-PICTURE = BENCHMARKS.parent / "docs" / "images" / "books.png"
+PICTURE = RESULTS.with_suffix(".png")
 KNOWN = ("laptop-gdn", "laptop-gdn-swa", "laptop-lalte", "laptop-lansa", "laptop-gdn-full")
 LENGTHS = (512, 2048)
 TOKENS = 65_536  # of the validation split, at each length

@@ -1,8 +1,9 @@
-"""Writes docs/results.md from the data in benchmarks/results: `python benchmarks/tables.py`."""
+"""Writes docs/results.md from results.template.md and the data in benchmarks/results: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,6 +13,7 @@ from holdfast.demo.settings import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TEMPLATE = ROOT / "benchmarks" / "results.template.md"
 
 
 def read(name: str) -> Any:
@@ -142,28 +144,21 @@ def variants() -> str:
     return f"{shown}\n\n{machine('scorer-variants')}. Data: {source('scorer-variants')}."
 
 
-def steered() -> str:
-    """Pairs kept at the end by the heads of steered models, the seeds of each budget side by side."""
-    if not (RESULTS / "needle-steered.json").is_file():
-        return "**Not measured yet**: `benchmarks/needle_study.py --parts steered` trains and measures them."
+def steered(name: str = "needle-steered") -> str:
+    """Pairs kept at the end by the heads of steered models, the seeds of each variant side by side."""
+    if not (RESULTS / f"{name}.json").is_file():
+        return "**Not measured yet**: `benchmarks/needle_study.py` trains and measures them."
     rows = []
-    for name, runs in read("needle-steered")["values"].items():
+    for variant, runs in read(name)["values"].items():
         kept = [run["kept"]["mean"][0] for run in runs]
         lowest = min(min(run["kept"]["lowest"][0]) for run in runs)
         since = min(count for run in runs for step, *counts in run["kept"]["course"] if step > 600 for count in counts)
         heads = " / ".join(", ".join(f"{count:.0f}" for count in heads) for heads in kept)
         near = sum(abs(count / runs[0]["budget"] - 1) <= 0.1 for heads in kept for count in heads)
-        rows.append(
-            [
-                name,
-                heads,
-                f"{near} of {sum(map(len, kept))}",
-                f"{lowest:.0f}, {since:.0f}",
-                seeds(r["beyond"] for r in runs),
-            ]
-        )
-    head = ["budget", "kept by the two heads", "within 10 %", "fewest, since step 600", "accuracy beyond the window"]
-    return f"{table(head, rows)}\n\n{machine('needle-steered')}. Data: {source('needle-steered')}."
+        near_all = f"{near} of {sum(map(len, kept))}"
+        rows.append([variant, heads, near_all, f"{lowest:.0f}, {since:.0f}", seeds(r["beyond"] for r in runs)])
+    head = ["", "kept by the two heads", "within 10 %", "fewest, since step 600", "accuracy beyond the window"]
+    return f"{table(head, rows)}\n\n{machine(name)}. Data: {source(name)}."
 
 
 def laptop_title(name: str) -> str:
@@ -237,7 +232,7 @@ def efficiency() -> str:
     ]
     return f"""Untrained models of equal size ({", ".join(sizes)}), batch {found["settings"]["batch_sizes"][0]}, fp32, {found["machine"]["threads"]} threads; models take turns.{dash}
 
-![Costs by context](images/efficiency.png)
+![Costs by context](../benchmarks/results/efficiency.png)
 
 {(chr(10) * 2).join(parts)}
 
@@ -294,104 +289,27 @@ def laptop_heads() -> str:
     return table(["layer, head", *(f"b = {found['budget']}" for found in models)], rows)
 
 
+def what(name: str) -> str:
+    return str(read(name)["what"])
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    part.__name__: part
+    for part in (
+        *(machine, source, what, demo, lengths, turns, scorers, variants, steered),
+        *(laptops, laptop_heads, needle_books, books, efficiency),
+    )
+}
+
+
 def page() -> str:
-    return f"""# Results
+    """The template with a function's answer in place of each {{function argument …}}."""
 
-Small models on a small machine: they show what mechanisms do, not what large models reach. Written by
-`python benchmarks/tables.py`; no number in the tables is typed in.
+    def fill(slot: re.Match[str]) -> str:
+        name, *arguments = slot[1].split()
+        return PARTS[name](*arguments).rstrip()
 
-{demo()}
-## Longer than in training
-
-The same models and as many pairs, in more noise: 128 tokens are the length of training, and nothing was trained on more. Seeds
-0 / 1 / 2; 256 samples. Only what was never learned well stays as it is; full attention loses about half of the pairs at eight
-times the length, and laLTE more, whose 40 slots all that noise competes for.
-
-{lengths()}
-
-{machine("needle-lengths")}. Data: {source("needle-lengths")}.
-
-## Several turns
-
-Eight turns in as many tokens as one sample of training, four pairs told and two asked for in each, 128 conversations; the cache
-carries them, and no token is read twice (`holdfast evaluate turns`). Asked aside, the cache returns after an answer to what it
-was before; in the stream, question and answer stay, which these models never saw in training. Seeds 0 / 1 / 2.
-
-{turns()}
-
-{machine("turns")}. Data: {source("turns")}.
-
-## Who decides what is kept, at the same budget
-
-The laLTE models of the demo (three seeds, trained with 40 slots), with other scorers in place of theirs and other budgets; no
-further training (`holdfast evaluate scorers`). Accuracy beyond the window, mean of three models.
-
-![Accuracy against budget, by scorer](images/scorers_needle.png)
-
-{scorers("scorers-needle", "share")}
-
-The same on text, `books-lalte`, perplexity per byte at 512 tokens: at this size what the store holds hardly matters, and no
-scorer is told from another by much.
-
-{scorers("scorers-books", "perplexity")}
-
-{machine("scorers-needle")}. Data: {source("scorers-needle")}, {source("scorers-books")}.
-
-## Scorers with less to read
-
-laLTE of the demo, trained anew with other scorers: three convolutions that see three tokens to either side in place of six; the
-same receptive field, all of it before the pair, so that no score waits for the future; and a network that sees the pair
-alone. Accuracy beyond the window by budget, seeds 0 / 1 / 2, trained with 40 slots, 512 samples. In this task a value stands
-right behind its key and attention has seen both when a pair is scored, so less context costs nothing: R = 7 and the MLP do
-better than R = 13, most of all with few slots. Without deferral seed 1 falls far behind. Three seeds, which differ much; all twelve
-trained at commit 88c1efe.
-
-{variants()}
-
-## Needles, steered to a budget
-
-`needle-lalte-steered`: laLTE of the demo with a threshold of ½, each head steered by its λ to the budget (`proportional`,
-`damping = 8`, `two_sided`); 2,000 steps, eviction from step 500 on; 128 tokens, for b = 256 512 tokens and two seeds. Pairs
-that score above the threshold, on average over the last 300 steps, seeds side by side; fewest: of any head then, mean over 25
-steps, and of any head since step 600, when all had come down from everything (up to step 1,000 means over 50). While the model
-learns fast, heads swing; as the learning rate falls they swing less ([training-eviction.md](training-eviction.md) says what
-that took), about the budget: one head of sixteen is 10.2 % off on average, and means over 25 of the last 100 steps are up to
-21 % off.
-
-{steered()}
-
-## Books, side by side
-
-The laptop recipes: 6 layers, hidden size 128, a tokenizer of 8,192 entries trained on the books, 1,500 steps of 2,048 tokens. Each
-has read 3 M tokens, which is very little: **small models, one seed**; differences of 1 % say nothing. Perplexity per token
-on the validation split, of the same 65,536 tokens at both lengths; by position it is that of 32 passages, hence the waves. Data
-of {read("books")["what"]}.
-
-![Perplexity by position, and pairs kept by step](images/books.png)
-
-{laptops()}
-
-In so little training every model learns the neighbourhood of a token and little else: pure GDN is no worse than the rest, and no
-perplexity falls between 512 and 2,048 tokens by what lies further back.
-
-SQuAD: of 200 completions, those that contain the answer; models of this size cannot be expected to find it.
-
-What the heads of laLTE keep over the last 300 steps, by budget b: the mean (the fewest over ten steps), and how many of them are
-in the store. λ follows the proportional rule ([controller.md](controller.md)); with the published factors the heads of this
-recipe swung between 2 and 300 pairs.
-
-{laptop_heads()}
-
-{machine("books")}. Data: {source("books")}.
-
-{needle_books()}
-
-{books().rstrip()}
-
-## What a context costs
-
-{efficiency()}
-"""
+    return re.sub(r"\{\{(.+?)\}\}", fill, TEMPLATE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

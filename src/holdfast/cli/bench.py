@@ -39,7 +39,7 @@ examples:
   holdfast bench train --mixers gated_deltanet sliding_attention
   holdfast bench data --output benchmarks/results/data.json
   holdfast bench controller --output benchmarks/results/controller.json --plot controller.png
-  holdfast bench plot benchmarks/results/ops.json --directory docs/images
+  holdfast bench plot benchmarks/results/ops.json --directory pictures
 """
 
 
