@@ -278,15 +278,23 @@ def laptops() -> str:
 
 
 def laptop_heads() -> str:
-    """Pairs that each head of the laptop's laLTE kept at the end, for every budget it was trained with."""
-    models = [found for found in read("books")["models"].values() if "kept" in found]
-    models.sort(key=lambda found: found["budget"])
+    """Pairs that each head of the laptop's laLTE kept at the end, for every setting it was trained with."""
+    by_name = {name: found for name, found in read("books")["models"].items() if "kept" in found}
+    names = sorted(by_name, key=lambda name: by_name[name]["budget"])
+    models = [by_name[name] for name in names]
+    settings = [name.partition(", ")[2] or f"b = {by_name[name]['budget']}, as in the recipe" for name in names]
     rows = []
     for row, layer in enumerate(models[0]["layers"]):
         for head in range(len(models[0]["kept"]["mean"][row])):
             counts = [[found[a][b][row][head] for a, b in COUNTS] for found in models]
             rows.append([f"{layer}, {head}", *("{:.0f} ({:.0f}), {:.0f}".format(*count) for count in counts)])
-    return table(["layer, head", *(f"b = {found['budget']}" for found in models)], rows)
+    means = [[count for layer in found["kept"]["mean"] for count in layer] for found in models]
+    near = [
+        sum(abs(count / found["budget"] - 1) <= 0.1 for count in counts)
+        for found, counts in zip(models, means, strict=True)
+    ]
+    rows.append(["within 10 % of b", *(f"{n} of {len(counts)}" for n, counts in zip(near, means, strict=True))])
+    return table(["layer, head", *settings], rows)
 
 
 def what(name: str) -> str:
