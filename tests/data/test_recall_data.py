@@ -61,6 +61,15 @@ def test_published_squad(tmp_path: Path) -> None:
     assert load_recall("squad", str(path), limit=1) == samples[:1]
 
 
+def test_a_blank_answer_is_none(tmp_path: Path) -> None:
+    """Every text contains it."""
+    asked = (("A?", [" "]), ("B?", ["", "b"]))
+    questions = [{"question": question, "answers": [{"text": text} for text in given]} for question, given in asked]
+    article = {"title": "T", "paragraphs": [{"context": "C", "qas": questions}]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [article]}))
+    assert [sample.answers for sample in load_recall("squad", str(tmp_path / "squad.json"))] == [("b",)]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "json"])
 @pytest.mark.parametrize("task", ["fda", "swde", "squad"])
 def test_rows_are_stripped_and_those_without_an_answer_left_out(tmp_path: Path, task: str, ending: str) -> None:

@@ -109,6 +109,8 @@ def test_an_interrupted_run_goes_on_and_more_samples_are_only_added(tmp_path: Pa
         ({"tasks": ("niah_single_2",)}, "niah_single_2 hides needles in essays; give text files"),
         ({"depths": ()}, "at least one task, one length and one depth"),
         ({"depths": (-1,)}, "give 0 to 100 percent"),
+        ({"depths": (0, 50, 50)}, "depths have 50 twice, and its samples would count twice"),
+        ({"lengths": (700, 700)}, "lengths have 700 twice"),
         ({"samples": 0}, "must be at least 1"),
     ],
 )

@@ -70,6 +70,9 @@ def test_a_fingerprint_tells_models_apart_wherever_they_are(tmp_path: Path) -> N
 
     large = bytes(3 << 20)
     same = [save("a", large), save("b", large)]
-    others = [save("c", large[:-1] + b"x"), save("d", b"x" + large[1:]), save("e", large[1:]), save("f", large, "{ }")]
+    middle = large[: 1 << 21] + b"x" + large[(1 << 21) + 1 :]
+    others = [save("c", large[:-1] + b"x"), save("d", middle), save("e", large[1:]), save("f", large, "{ }")]
     assert same[0] == same[1]
     assert len({same[0], *others}) == 5
+    (tmp_path / "a" / "recipe.toml").write_text("window = 6")
+    assert model_fingerprint(tmp_path / "a") != same[0]

@@ -66,6 +66,28 @@ def test_recall_of_several_models(small_model: Callable[..., HybridForCausalLM],
     assert plot.stat().st_size > 5_000
 
 
+def test_a_scorer_that_a_model_lacks_is_left_out_or_refused_before_measuring(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    alone = RECIPE.replace('"gated_deltanet", "learned', '"learned').replace("mixer_options.gated_deltanet", "rest")
+    alone = alone.replace("[model.rest]\nnum_heads = 2\nhead_dim = 8\n", "")
+    model = saved(small_model("learned_eviction"), tmp_path / "m", alone)
+    options = ["--budgets", "9", "9", "--samples", "4", "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", "scorers", model, *options]) == 0
+    assert "write_magnitude is left out" in " ".join(capsys.readouterr().err.split())
+    values = json.loads((tmp_path / "out.json").read_text())["values"]
+    assert "write_magnitude" not in values
+    assert all(len(by_budget["9"]) == 1 for by_budget in values.values())
+    for refused in (["--scorers", "recency", "write_magnitude", "--budgets", "9"], ["--budgets", "9", "1"]):
+        assert main(["evaluate", "scorers", model, *refused, "--json", str(tmp_path / "no.json")]) == 2
+        assert f"{tmp_path}/m, scorer " in capsys.readouterr().err
+    wide = saved(
+        small_model(), tmp_path / "wide", RECIPE.replace("window = 6\n\n[training]", "window = 23\n\n[training]")
+    )
+    assert main(["evaluate", "scorers", wide, "--budgets", "9", "--samples", "4"]) == 2
+    assert "asks nothing beyond its window of 23 tokens" in capsys.readouterr().err
+
+
 def test_perplexity_of_text(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> None:
     model = saved(small_model(vocab_size=259), tmp_path / "m", recipe="")
     text, out = tmp_path / "text.txt", tmp_path / "out.json"

@@ -95,6 +95,7 @@ def _questions(articles: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Re
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = tuple(dict.fromkeys(answer["text"].strip() for answer in question["answers"]))
+                    answers = tuple(filter(None, answers))  # every text contains an empty one
                     if answers:
                         parts = {"title": title, "context": paragraph["context"], "question": question["question"]}
                         yield RecallSample(QUESTION.format(**{k: v.strip() for k, v in parts.items()}), answers)

@@ -37,7 +37,7 @@ class RulerSettings:
         essays: haystack of the tasks that have essays.
 
     Raises:
-        ValueError: a task is unknown, a number is out of range, or essays are missing.
+        ValueError: a task is unknown, a number is out of range, something is given twice, or essays are missing.
     """
 
     tasks: tuple[str, ...] = ("niah_single_1",)
@@ -53,6 +53,10 @@ class RulerSettings:
             raise ValueError(f"there is no task {unknown[0]}; give some of {', '.join(RULER_TASKS)}.")
         if not (self.tasks and self.lengths and self.depths):
             raise ValueError("give at least one task, one length and one depth.")
+        for name in ("tasks", "lengths", "depths"):
+            values = getattr(self, name)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{name} have {twice[0]} twice, and its samples would count twice; give it once.")
         if min(self.samples, self.new_tokens, *self.lengths) < 1:
             raise ValueError("samples, new_tokens and lengths must be at least 1.")
         if not all(0 <= depth <= 100 for depth in self.depths):

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import model_directory, output_console, read_model, read_task
+from holdfast.cli.common import error_console, model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import check_picture, require_positive
 from holdfast.files import write_json
@@ -67,16 +67,19 @@ class Scorers:
 
         if not self.models:
             raise UsageError("Give at least one model directory: `holdfast evaluate scorers MODEL_DIR`.")
-        scorers = self.scorers or tuple(SCORERS)
+        scorers = tuple(dict.fromkeys(self.scorers or SCORERS))
         if unknown := [name for name in scorers if name not in SCORERS]:
             raise UsageError(f"No scorer is named {unknown[0]}; there are {', '.join(SCORERS)}.")
-        values: Values = {scorer: {budget: [] for budget in self.budgets} for scorer in scorers}
-        for directory in [model_directory(name) for name in self.models]:
+        budgets = tuple(dict.fromkeys(self.budgets))
+        directories = [model_directory(name) for name in self.models]
+        scorers = self._fitting(scorers, budgets, directories)  # before the first is measured
+        values: Values = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
+        for directory in directories:
             model = read_model(directory)
             compared = compare_scorers(
-                model, self._measure(model, directory), scorers=scorers, budgets=self.budgets, seed=self.seed
+                model, self._measure(model, directory), scorers=scorers, budgets=budgets, seed=self.seed
             )
-            total = len(scorers) * len(self.budgets)
+            total = len(scorers) * len(budgets)
             for scorer, budget, value in track(compared, str(directory), total=total, progress=self.progress):
                 values[scorer][budget].append(value)
         table = self._show(values)
@@ -87,6 +90,21 @@ class Scorers:
 
             plot_comparison(values, self.plot, what=self._what)
         return [table]
+
+    def _fitting(self, scorers: Sequence[str], budgets: Sequence[int], directories: Sequence[Path]) -> tuple[str, ...]:
+        """Those of the scorers that every model can be scored by; one that was asked for and cannot is an error."""
+        found = []
+        for scorer in scorers:
+            try:
+                for directory in directories:
+                    _check_scorer(directory, scorer, budgets)
+            except UsageError as error:
+                if self.scorers or scorer == "trained":  # which fails only where all do
+                    raise
+                error_console().print(f"{scorer} is left out: {error}", soft_wrap=True)
+            else:
+                found.append(scorer)
+        return tuple(found)
 
     @property
     def _what(self) -> str:
@@ -104,7 +122,8 @@ class Scorers:
 
         def accuracy() -> float:
             result = evaluate_needle(model, task, samples=self.samples, seed=self.seed, progress=False)
-            assert result.beyond.accuracy is not None
+            if result.beyond.accuracy is None:
+                raise UsageError(f"{directory}: its task asks nothing beyond its window of {task.window} tokens.")
             return result.beyond.accuracy
 
         return accuracy
@@ -123,7 +142,7 @@ class Scorers:
             title += f"; mean of {len(self.models)} models"
         table = Table(title=title)
         table.add_column("scorer", no_wrap=True)
-        for budget in self.budgets:
+        for budget in next(iter(values.values())):
             table.add_column(f"{budget:,}", justify="right")
         for scorer, by_budget in values.items():
             shown = "{:.1%}" if self.data is None else "{:.3f}"
@@ -143,6 +162,24 @@ class Scorers:
             "environment": describe_machine(),
             "values": values,
         }
+
+
+def _check_scorer(directory: Path, scorer: str, budgets: Sequence[int]) -> None:
+    """Raise UsageError where the model in `directory` cannot be scored by `scorer`, or not with these budgets."""
+    import torch
+
+    from holdfast.configuration import HybridConfig
+    from holdfast.evaluation.scorers import scoring
+    from holdfast.modeling import HybridForCausalLM
+
+    with torch.device("meta"):
+        model = HybridForCausalLM(HybridConfig.from_pretrained(directory))
+    for budget in budgets:
+        try:
+            with scoring(model, scorer, budget):
+                pass
+        except ValueError as error:
+            raise UsageError(f"{directory}, scorer {scorer}, budget {budget}: {error}") from error
 
 
 def _perplexity(model: Any, blocks: Sequence[dict[str, Any]]) -> float:
