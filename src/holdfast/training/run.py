@@ -68,10 +68,8 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
             if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
                 data.training.set_rank(arguments.process_index, arguments.world_size)
-            if is_first and isinstance(recipe.data, TextData):
-                identity = identify(data.training, recipe.data)
-                if identity is not None:
-                    run_directory.keep_to_data(directory, identity, begins=checkpoint is None)
+            if is_first:
+                _note_data(recipe, directory, data, begins=checkpoint is None)
         except (ValueError, OSError):  # so that the same run may be started with other data
             if is_new:
                 run_directory.release(directory)
@@ -185,6 +183,13 @@ def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
     if isinstance(recipe.data, NeedleData):
         return _needle_data(recipe, recipe.data)
     return _text_data(recipe, recipe.data, directory, keep_tokenizer)
+
+
+def _note_data(recipe: Recipe, directory: Path, data: _Data, begins: bool) -> None:
+    """Note what blocks the run has, or see to it that a resumed one has the same (`run_directory.keep_to_data`)."""
+    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
+    if identity is not None:
+        run_directory.keep_to_data(directory, identity, begins)
 
 
 def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
