@@ -31,7 +31,7 @@ from holdfast.evaluation.turns import evaluate_turns
 from holdfast.files import write_json
 from holdfast.machine import describe_machine
 from holdfast.training.history import read_history
-from holdfast.training.run_directory import is_finished
+from holdfast.training.run_directory import holds
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("needle-gdn", "needle-gdn-swa", "needle-lalte", "needle-lansa", "needle-gdn-full")
@@ -135,7 +135,7 @@ class Trainings:
     def _train(self, recipe: str, name: str, seed: int, settings: list[str]) -> Path:
         place = self.folder / f"{name.replace(', ', '-').replace(' ', '').lower()}-seed{seed}"
         overrides = ["--training.seed", str(seed), *settings, "--output.directory", str(place)]
-        if not is_finished(place / recipe, chosen_recipe(recipe, overrides)):
+        if not holds(place / recipe, chosen_recipe(recipe, overrides)):
             subprocess.run([sys.executable, "-m", "holdfast.cli", "train", recipe, "--resume", *overrides], check=True)
         return place / recipe
 

@@ -270,6 +270,19 @@ def test_an_interrupted_run_says_how_it_goes_on(
     assert "Continuing after step 2 of 4." in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_where_it_lies_now(recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    argv = ["train", recipe, "--output.directory", str(tmp_path / "runs"), "--training.max-steps", "2"]
+    assert main(argv) == 0
+    moved = (tmp_path / "runs" / "tiny").rename(tmp_path / "moved")
+    for place in (moved, moved / "recipe.toml"):
+        steps = 1 + json.loads((moved / "summary.json").read_text())["steps"]
+        assert main(["train", str(place), "--resume", "--training.max-steps", str(steps)]) == 0
+        assert json.loads((moved / "summary.json").read_text())["steps"] == steps
+    assert not (tmp_path / "runs" / "tiny").exists()
+    assert main(["train", str(moved), "--resume"]) == 0  # as a scheduler does that starts it again and again
+    assert "moved is finished; raise training.max_steps to go on" in caplog.text
+
+
 def test_a_run_that_cannot_be_written(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     error = refused(capsys, "train", recipe, "--output.directory", str(tmp_path / "file"))

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -31,8 +32,8 @@ from holdfast.training import (
     read_metrics,
     train,
 )
-from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
-from holdfast.training.run_directory import claim, is_finished
+from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection, load_recipe
+from holdfast.training.run_directory import check, claim, holds
 from holdfast.training.speed import CLOCK_METRICS
 
 
@@ -140,9 +141,8 @@ def test_resuming_without_a_checkpoint_starts_over(finished, tmp_path, monkeypat
 
 def test_run_directories_are_guarded(finished, tmp_path):
     _, recipe = finished
-    for resume in (False, True):
-        with pytest.raises(RunDirectoryError, match=r"holds a finished run: .* \(--output\.overwrite\)"):
-            train(recipe, resume=resume)
+    with pytest.raises(RunDirectoryError, match=r"holds a finished run: .* \(--output\.overwrite\)"):
+        train(recipe)
     foreign = tmp_path / "run"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
@@ -158,14 +158,14 @@ def test_whether_a_run_is_finished(finished, tmp_path):
         dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
         for changes in ({"max_steps": recipe.training.max_steps + 1}, {"learning_rate": 0.5})
     )
-    assert not is_finished(tmp_path / "nothing", recipe)
-    assert is_finished(directory, recipe)
+    assert not holds(tmp_path / "nothing", recipe)
+    assert holds(directory, recipe)
     with pytest.raises(RunDirectoryError, match="holds a finished run of 8 steps, not 9"):
-        is_finished(directory, longer)
+        holds(directory, longer)
     with pytest.raises(RunDirectoryError, match=r"was started with training\.learning_rate"):
-        is_finished(directory, other)
-    claim(tmp_path / "begun", recipe, resume=False)
-    assert not is_finished(tmp_path / "begun", recipe)
+        holds(directory, other)
+    with claim(tmp_path / "begun", recipe, resume=False):
+        assert not holds(tmp_path / "begun", recipe)
 
 
 def test_an_unfinished_run_is_resumed_or_overwritten_but_never_by_accident(tmp_path, monkeypatch):
@@ -454,13 +454,47 @@ def test_what_looks_like_a_prepared_run_is_not_taken_over(tmp_path):
     directory.mkdir()
     (directory / "tokenizer.json").write_text("mine")
     with pytest.raises(RunDirectoryError, match="is not empty and holds no run"):
-        claim(directory, recipe, resume=False)
+        check(directory, recipe, resume=False)
     (directory / "recipe.toml").write_text(to_toml(replace(recipe, training=replace(recipe.training, seed=99))))
     with pytest.raises(RunDirectoryError, match=r"was started with training\.seed = 99"):
-        claim(directory, recipe, resume=False)
+        check(directory, recipe, resume=False)
     assert (directory / "tokenizer.json").read_text() == "mine"
-    claim(directory, replace(recipe, output=replace(recipe.output, overwrite=True)), resume=False)
-    claim(directory, recipe, resume=False)  # its own recipe, which never trained a step
+    with claim(directory, replace(recipe, output=replace(recipe.output, overwrite=True)), resume=False):
+        pass
+    assert not (directory / "tokenizer.json").exists()
+    check(directory, recipe, resume=False)  # its own recipe, which never trained a step
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+    recipe = make_recipe(tmp_path, max_steps=1)
+    refusal = pytest.raises(RunDirectoryError, match="is being trained in by another process")
+    with claim(tmp_path / "run", recipe, resume=False), refusal:
+        train(recipe)
+    train(recipe)
+
+
+def test_what_is_overwritten_stays_until_its_successor_can_begin(finished, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    overwrite = OutputSection(str(tmp_path), overwrite=True)
+    small = replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 5}, output=overwrite)
+    with pytest.raises(ValueError, match="vocab_size is 5, but the needle task has 17 tokens"):
+        train(small)
+    assert (directory / "model.safetensors").exists()
+    events = directory / "runs" / "today" / "events.out.tfevents.1"
+    events.parent.mkdir(parents=True)
+    events.touch()
+    train(replace(make_recipe(tmp_path, max_steps=1), output=overwrite))
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 1
+    assert not events.exists()
+    assert not load_recipe(directory / "recipe.toml").output.overwrite  # who trains by it does not ask for that
+
+
+def test_what_failed_before_its_first_step_is_in_nobodys_way(tmp_path):
+    directory = tmp_path / "run"
+    train_until_killed(make_recipe(tmp_path), 1, pytest.MonkeyPatch())
+    assert (directory / "metrics.jsonl").read_text() == ""
+    train(make_recipe(tmp_path))
 
 
 def test_a_run_without_its_data_leaves_no_directory(tmp_path):

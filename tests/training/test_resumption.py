@@ -262,7 +262,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, capfd):
     assert lines[-1].startswith("holdfast: The checkpoint of step 3 could not be written to ")
     assert "File too large" in lines[-1] or "os error 27" in lines[-1]
     assert [line for line in lines if line.startswith("holdfast: ")] == lines[-1:]
-    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "recipe.toml"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "recipe.toml"]
     train(make_recipe(tmp_path), resume=True)  # once there is room again
 
 
@@ -280,14 +280,20 @@ def test_a_checkpoint_may_be_given_by_its_path(tmp_path):
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     recipe = make_recipe(tmp_path, max_steps=6)
     run = train(recipe)
+    weights = (run / "model.safetensors").stat().st_mtime_ns
+    assert train(recipe, resume=True) == run  # nothing is left to do, and to say so is no failure
+    assert (run / "model.safetensors").stat().st_mtime_ns == weights
     with pytest.raises(RunDirectoryError, match=r"finished run: raise training\.max_steps above 6 to go on"):
-        train(recipe, resume=True)
+        train(make_recipe(tmp_path, max_steps=5), resume=True)
     longer = make_recipe(tmp_path, max_steps=10)
     train(longer, resume=True)
     lines = losses(run)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["learning_rate"] < lines[7]["learning_rate"] > lines[5]["learning_rate"]  # the longer schedule
-    assert json.loads((run / "summary.json").read_text())["steps"] == 10
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 10
+    assert summary["training_loss"] == pytest.approx(sum(line["loss"] for line in lines) / 10)  # of both parts
+    assert summary["seconds"] >= read_metrics(run / "metrics.jsonl")[-1]["seconds"] - 0.1
     (run / "summary.json").unlink()
     with pytest.raises(CheckpointError, match=r"max_steps is 8, but .*checkpoint-10 is past it"):
         train(make_recipe(tmp_path, max_steps=8), resume=True)

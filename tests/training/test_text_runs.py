@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
 
 from holdfast.data.text import PackedText, TextStream, byte_tokenizer, load_text, prepare
-from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, train
+from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, run, train
 from holdfast.training.recipe import OutputSection, TextData, TrainingSection
 from holdfast.training.text_blocks import evaluation_blocks, training_blocks
 
@@ -137,6 +137,34 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path, monkeypatch, pre
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoint-3")  # from the first step on, any data will do
     assert train(again, resume=True)
     assert len(losses(tmp_path / "runs" / "run")) == 2
+
+
+def test_text_that_was_streamed_is_not_gone_on_with_in_memory(corpus, tmp_path, monkeypatch) -> None:
+    recipe = make_recipe(tmp_path, corpus, workers=0)
+    train_until_killed(recipe, monkeypatch)
+    with monkeypatch.context() as patch:  # as if the files had shrunk since
+        patch.setattr(run, "training_blocks", lambda data, *args, **options: training_blocks(smaller, *args, **options))
+        smaller = dataclasses.replace(recipe.data, in_memory=64)
+        with pytest.raises(RunDirectoryError, match="streamed its text, which is now small enough to be held in mem"):
+            train(recipe, resume=True)
+
+
+def test_a_finished_run_that_must_not_go_on_stays_finished(corpus, tmp_path) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    recipe = make_recipe(tmp_path / "runs", text, workers=0, in_memory=64)
+    directory = train(recipe)
+    (text / "train.jsonl").write_text((text / "train.jsonl").read_text().replace("kelp", "hull"))
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=8))
+    with pytest.raises(RunDirectoryError, match="with other data"):
+        train(longer, resume=True)
+    assert (directory / "summary.json").exists()
+
+
+def test_evaluations_without_a_split_are_refused(corpus, tmp_path) -> None:
+    recipe = make_recipe(tmp_path, corpus, workers=0)
+    with pytest.raises(ValueError, match="eval_every is 5, but there is nothing to evaluate on: name a split"):
+        dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=5))
 
 
 def test_which_blocks_a_recipe_gets(corpus, tmp_path) -> None:

@@ -23,13 +23,14 @@ and at the end the model. RECIPE is the name of a recipe that comes with holdfas
 
 options:
   --list      Show the recipes that come with holdfast.
-  --resume    Continue the run from its last checkpoint; from scratch if it has none.
+  --resume    Continue the run from its last checkpoint; from scratch if it has none. RECIPE may be the directory of a
+              run then, wherever it lies now.
   OVERRIDES   Any setting of the recipe; `holdfast train RECIPE --help` shows them with their values.
 
 examples:
   holdfast train needle-lalte
   holdfast train needle-lalte --name trial --training.max-steps 200 --training.seed 3
-  holdfast train runs/trial/recipe.toml --resume
+  holdfast train runs/trial --resume
 """
 
 
@@ -86,6 +87,8 @@ def _train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("Give the recipe first: `holdfast train RECIPE [OVERRIDES]`; `--list` shows the recipes.")
     name, *overrides = arguments
+    if resume:
+        name, overrides = _where_it_lies(name, overrides)
     recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
@@ -96,6 +99,19 @@ def _train(arguments: list[str]) -> None:
         raise KeyboardInterrupt(_how_to_continue(recipe)) from stop
     if os.environ.get("RANK", "0") == "0":  # once, however many processes have trained it
         output_console().print(f"The model is in {directory}.", soft_wrap=True)
+
+
+def _where_it_lies(name: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides for the run to resume; one named by its directory may have been moved since it began."""
+    from holdfast.training.run_directory import METRICS_FILE, RECIPE_FILE
+
+    path = Path(name) / RECIPE_FILE if Path(name).is_dir() else Path(name)
+    directory = path.resolve().parent
+    is_of_run = path.name == RECIPE_FILE and path.is_file() and (directory / METRICS_FILE).exists()
+    chosen = {"--name", "--output.directory"} & {override.partition("=")[0] for override in overrides}
+    if is_of_run and not chosen:
+        overrides = ["--output.directory", os.path.relpath(directory.parent), "--name", directory.name, *overrides]
+    return str(path) if is_of_run else name, overrides
 
 
 def _how_to_continue(recipe: Recipe) -> str:

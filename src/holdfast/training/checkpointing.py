@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from holdfast.files import publish_directory
+from holdfast.files import NO_ROOM, publish_directory
 
 logger = logging.get_logger(__name__)
 
@@ -57,16 +57,39 @@ def last_checkpoint(run: Path) -> Path | None:
 
     One whose state file is missing or broken was damaged, or written by a program that does not write aside: it is left
     out with a warning.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none can be resumed from: what they hold is not to be lost.
     """
-    for checkpoint in reversed(checkpoints(run)):
+    found = checkpoints(run)
+    for checkpoint in reversed(found):
         try:
             TrainerState.load_from_json(str(checkpoint / STATE_FILE))  # the Trainer writes it last
         except (OSError, ValueError, TypeError):
             logger.warning(f"{checkpoint} is incomplete: an earlier checkpoint is used.")
         else:
             return checkpoint
+    if found:
+        raise CheckpointError(
+            f"No checkpoint of {run} can be resumed from: {found[-1] / STATE_FILE} is missing or damaged. Remove the "
+            "checkpoints to train from the beginning."
+        )
     logger.warning(f"{run} has no checkpoint yet: training starts from the beginning.")
     return None
+
+
+def check_complete(checkpoint: Path) -> None:
+    """See to it that nothing is missing that the Trainer would go on without, in silence.
+
+    Raises:
+        CheckpointError: if the state of the optimizer, of the schedule or of the random numbers is not there.
+    """
+    for what, pattern in (("optimizer", "optimizer*"), ("schedule", "scheduler.pt"), ("random", "rng_state*.pth")):
+        if not any(checkpoint.glob(pattern)):
+            raise CheckpointError(
+                f"{checkpoint} holds no {what} state ({pattern}): resume from another checkpoint; of the weights alone "
+                "training cannot go on as it was."
+            )
 
 
 def discard_incomplete(run: Path) -> None:
@@ -110,18 +133,28 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def explaining_writes(run: Path, step: int) -> Iterator[None]:
-    """Turn any failure to write the checkpoint of `step` into a `CheckpointError`, and free the space it took."""
+def explaining_writes(run: Path, what: str) -> Iterator[None]:
+    """Turn any failure to write `what` to a run into a `CheckpointError`, and free the space it took."""
     try:
         yield
+    except CheckpointError:
+        raise
     except _WRITE_FAILURES as error:
         shutil.rmtree(run / INCOMPLETE, ignore_errors=True)
         free = shutil.disk_usage(run).free
-        advice = "resume; earlier checkpoints are whole" if checkpoints(run) else "start again; there is none before it"
+        advice = "make room and " if _wants_room(error) else ""
+        advice += "resume; earlier checkpoints are whole" if checkpoints(run) else "start again; there is no checkpoint"
         raise CheckpointError(
-            f"The checkpoint of step {step} could not be written to {run} ({_reason(error)}; {free / 1e6:,.0f} MB are "
-            f"free there): make room and {advice}."
+            f"The {what} could not be written to {run} ({_reason(error)}; {free / 1e6:,.0f} MB are free there): "
+            f"{advice}."
         ) from error
+
+
+def _wants_room(error: BaseException) -> bool:
+    """Whether a full disk may be why nothing could be written; torch and safetensors say so in words only."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return any(word in str(error).lower() for word in ("no space", "write", "writing", "os error"))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from holdfast.files import naming, write_text
 from holdfast.training.trainer import HybridTrainer
@@ -25,8 +26,9 @@ class MetricsFile(TrainerCallback):
     Each record has `step`, `seconds` (of training, resumed parts included) and the Trainer's own logs; where a loss was
     logged also the metrics of `RetentionCallback.drain`.
 
-    At every checkpoint there is a line too. Each line is one write, so a killed run leaves at most one broken line, the
-    last. When a run resumes, lines past the step it resumes from are taken out, so that every step stands there once.
+    At every checkpoint and after the last step there is a line too. Each line is one write, so a killed run leaves at
+    most one broken line, the last. When a run resumes, lines past the step it resumes from are taken out, so that every
+    step stands there once.
 
     Args:
         path: the file; made anew when a run starts from step 0.
@@ -49,10 +51,11 @@ class MetricsFile(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What is logged are means since the last log, which a checkpoint does not hold: none may span one, or a resumed
         # run would log other numbers than one that was never interrupted.
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
+        # The Trainer's last words are means over what was trained since the run was resumed: no metrics of the run.
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         record: dict[str, Any] = {"step": state.global_step, "seconds": round(time.monotonic() - self._started, 3)}
         record |= logs
@@ -101,6 +104,7 @@ class ProgressBar(TrainerCallback):
         self._console = Console(stderr=True)
         self._bar: _BarWithText | None = None
         self._task = TaskID(0)
+        self._evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -118,6 +122,17 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._evaluated += 1
+            total = f"/{len(eval_dataloader)}" if has_length(eval_dataloader) else ""
+            self._bar.text = f"evaluating: batch {self._evaluated}{total}"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not logs.keys() & {"loss", "eval_loss"}:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,19 +140,23 @@ class TrainingSection:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "workers", "scorer_lr_scale", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2^32, got {self.seed}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}.")
         if self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, but there are only {self.max_steps} steps (max_steps), so the "
                 "learning rate would never be reached: add --training.warmup-steps with fewer, such as "
                 f"{max(1, self.max_steps // 20)}."
             )
-        if self.scorer_weight_decay is not None and self.scorer_weight_decay < 0:
+        if self.scorer_weight_decay is not None and not 0 <= self.scorer_weight_decay < math.inf:
             raise ValueError(f"scorer_weight_decay must be 0 or more, got {self.scorer_weight_decay}.")
-        if self.peak_flops is not None and self.peak_flops <= 0:
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
             raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}.")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         for name in ("final_lr_share", "scorer_final_lr_share"):
             share = getattr(self, name)
@@ -175,7 +180,7 @@ class Recipe:
     """Everything that determines a training run.
 
     Raises:
-        ValueError: if the name is none for a directory.
+        ValueError: if the name is none for a directory, or evaluations have no split.
     """
 
     name: str
@@ -193,6 +198,11 @@ class Recipe:
         if self.name in ("", ".", "..") or set(self.name) & {"/", "\\", "\0"}:
             raise ValueError(
                 f"name must be that of a directory inside output.directory, without separators, got {self.name!r}."
+            )
+        if self.training.eval_every and isinstance(self.data, TextData) and self.data.validation_split is None:
+            raise ValueError(
+                f"training.eval_every is {self.training.eval_every}, but there is nothing to evaluate on: name a split "
+                "(data.validation_split), or set eval_every to 0."
             )
 
     def build_config(self) -> HybridConfig:

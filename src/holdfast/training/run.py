@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
 from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, saved_step
-from holdfast.training.metrics import MetricsFile, ProgressBar
+from holdfast.training.metrics import MetricsFile, ProgressBar, read_metrics
 from holdfast.training.recipe import NeedleData, Recipe, TextData
-from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE
+from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE, RunDirectoryError
 from holdfast.training.text_blocks import evaluation_blocks, identify, own_tokenizer, training_blocks
-from holdfast.training.trainer import HybridTrainer
+from holdfast.training.trainer import DATA_POSITION, HybridTrainer
+
+logger = logging.get_logger(__name__)
 
 
 def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
@@ -46,13 +48,15 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
     Args:
         recipe: what to train.
         resume: True: from the last whole checkpoint of the run, or from scratch if there is none; a path: from that
-            checkpoint; False: from scratch. A finished run goes on if `training.max_steps` is raised.
+            checkpoint; False: from scratch. A finished run goes on if `training.max_steps` is raised, else it is left
+            as it is.
 
     Returns:
         The run directory.
 
     Raises:
-        RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume.
+        RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume, if
+            another process trains in it, or if a resumed run has other data.
         CheckpointError: if a checkpoint cannot be written (a full disk, say), or the one to resume from not be read.
         TrainingDivergedError: if the loss is no longer a number.
         ValueError: if the recipe does not fit together, e.g. a tokenizer larger than the model's vocabulary.
@@ -60,20 +64,27 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
     recipe.build_config()  # a mistake in the recipe must not leave a directory behind
     directory = Path(recipe.output.directory) / recipe.name
     arguments = _training_arguments(recipe, directory)  # connects the processes, where there are several
-    with arguments.main_process_first(local=False):
-        is_first = arguments.process_index == 0
-        is_new = is_first and run_directory.claim(directory, recipe, resume=bool(resume))
-        checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
-        try:
+    with contextlib.ExitStack() as held:
+        with arguments.main_process_first(local=False):
+            is_first = arguments.process_index == 0
+            if is_first:
+                run_directory.check(directory, recipe, resume=bool(resume))
+            if resume and run_directory.is_finished(directory, recipe.training.max_steps):
+                logger.warning(f"{directory} is finished; raise training.max_steps to go on.")
+                return directory
+            checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
             data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
             if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
                 data.training.set_rank(arguments.process_index, arguments.world_size)
+            _check_data(recipe, directory, data, checkpoint)
             if is_first:
-                _note_data(recipe, directory, data, begins=checkpoint is None)
-        except (ValueError, OSError):  # so that the same run may be started with other data
-            if is_new:
-                run_directory.release(directory)
-            raise
+                held.enter_context(run_directory.claim(directory, recipe, resume=bool(resume)))
+                _keep_data(recipe, directory, data)
+        return _run(recipe, directory, arguments, data, checkpoint)
+
+
+def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, data: _Data, checkpoint: Path | None) -> Path:
+    """Train in a directory that is this run's."""
     if checkpoint is not None and saved_step(checkpoint) >= recipe.training.max_steps:
         return _finish(recipe, directory, checkpoint)
     trainer = _build_trainer(recipe, arguments, data)
@@ -81,7 +92,6 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
     trainer.add_callback(bar)
-    started = time.monotonic()
     with _quiet_saving():
         try:
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -89,9 +99,7 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             bar.close()
         trainer.save_final(directory)
     if trainer.is_world_process_zero():
-        seconds = round(time.monotonic() - started, 1)
-        summary = {"steps": result.global_step, "training_loss": result.training_loss}
-        _write_summary(directory, summary | {"seconds": seconds}, checkpoint, trainer.model)
+        _write_summary(directory, result.global_step, checkpoint, trainer.model)
     return directory
 
 
@@ -111,14 +119,25 @@ def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
                     shutil.copyfile(path, temporary)
         with torch.device("meta"):
             model = HybridForCausalLM(recipe.build_config())
-        _write_summary(directory, {"steps": steps, "training_loss": None, "seconds": 0.0}, checkpoint, model)
+        _write_summary(directory, steps, checkpoint, model)
     return directory
 
 
-def _write_summary(directory: Path, summary: dict[str, Any], checkpoint: Path | None, model: Any) -> None:
-    """The last file of a run: where it stands, the run is finished."""
-    summary |= {"resumed_from": None if checkpoint is None else str(checkpoint)}
-    summary |= {"parameters": model.num_parameters(), "torch": torch.__version__, "device": str(model.device)}
+def _write_summary(directory: Path, steps: int, checkpoint: Path | None, model: Any) -> None:
+    """The last file of a run: where it stands, the run is finished. Loss and seconds are those of all its parts."""
+    lines = read_metrics(directory / METRICS_FILE)
+    logged = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    weights = [after - before for (before, _), (after, _) in pairwise([(0, 0.0), *logged])]
+    total = sum(weight * loss for weight, (_, loss) in zip(weights, logged, strict=True))
+    summary = {
+        "steps": steps,
+        "training_loss": total / sum(weights) if logged else None,
+        "seconds": round(max((line["seconds"] for line in lines), default=0.0), 1),
+        "resumed_from": None if checkpoint is None else str(checkpoint),
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        "device": str(model.device),
+    }
     write_json(directory / SUMMARY_FILE, summary)
 
 
@@ -176,6 +195,7 @@ class _Data:
     evaluation: Dataset | None
     collator: Any
     tokenizer: PreTrainedTokenizerFast | None
+    tokenizer_is_new: bool = False
 
 
 def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
@@ -185,11 +205,28 @@ def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
     return _text_data(recipe, recipe.data, directory, keep_tokenizer)
 
 
-def _note_data(recipe: Recipe, directory: Path, data: _Data, begins: bool) -> None:
-    """Note what blocks the run has, or see to it that a resumed one has the same (`run_directory.keep_to_data`)."""
+def _check_data(recipe: Recipe, directory: Path, data: _Data, checkpoint: Path | None) -> None:
+    """See to it that a run that goes on has the data it was started with, streamed as they were."""
+    if checkpoint is None:
+        return
+    if (checkpoint / DATA_POSITION).exists() and not isinstance(data.training, TextStream):
+        raise RunDirectoryError(
+            f"{checkpoint} is of a run that streamed its text, which is now small enough to be held in memory "
+            "(data.in_memory): its files have changed. Resume it with those it was started with, or give the run "
+            "another name (--name)."
+        )
     identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
     if identity is not None:
-        run_directory.keep_to_data(directory, identity, begins)
+        run_directory.check_data(directory, identity)
+
+
+def _keep_data(recipe: Recipe, directory: Path, data: _Data) -> None:
+    """Keep with the run what its data were, and a tokenizer that was trained on them."""
+    if data.tokenizer_is_new and data.tokenizer is not None:
+        write_files(directory, data.tokenizer.save_pretrained)
+    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
+    if identity is not None:
+        run_directory.note_data(directory, identity)
 
 
 def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
@@ -206,6 +243,7 @@ def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
 
 
 def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: bool) -> _Data:
+    is_new = False
     if is_prepared(data.source):
         tokenizer = load_tokenizer(data.source)
     elif data.tokenizer != "train":
@@ -213,17 +251,17 @@ def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: 
     elif keep_tokenizer and (directory / "tokenizer.json").exists():
         tokenizer = load_tokenizer(directory)
     else:
-        tokenizer = own_tokenizer(data, recipe.model["vocab_size"])
-        write_files(directory, tokenizer.save_pretrained)
+        tokenizer, is_new = own_tokenizer(data, recipe.model["vocab_size"]), True
     if len(tokenizer) > recipe.model["vocab_size"]:
+        source = data.source if is_prepared(data.source) else data.tokenizer
         raise ValueError(
-            f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {data.tokenizer!r} has "
+            f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {source!r} has "
             f"{len(tokenizer)} tokens."
         )
     blocks = training_blocks(data, tokenizer, seed=recipe.training.seed, workers=recipe.training.workers)
     evaluation = evaluation_blocks(data, tokenizer) if recipe.training.eval_every else None
     collator = collate_isolated if data.isolate else default_data_collator
-    return _Data(blocks, evaluation, collator, tokenizer)
+    return _Data(blocks, evaluation, collator, tokenizer, is_new)
 
 
 def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from holdfast.configuration import AUTO_FILE
 from holdfast.files import write_json, write_text
@@ -16,6 +21,7 @@ from holdfast.training.recipe import Recipe, load_recipe
 
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 DATA_FILE = "data.json"
+_LOCK = ".lock"
 # Found alone, these say that a run was prepared and never trained a step.
 _PREPARED = {RECIPE_FILE, DATA_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
@@ -23,64 +29,81 @@ _OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
 _FREE = (
     *("max_steps", "log_every", "save_every", "eval_every", "keep_checkpoints"),
-    *("workers", "parallel", "compile", "report_to", "peak_flops"),
+    *("workers", "parallel", "compile", "report_to", "peak_flops", "gradient_checkpointing"),
 )
-_MAY_CHANGE = ("output.", "description", "training.gradient_checkpointing", *(f"training.{name}" for name in _FREE))
+_MAY_CHANGE = ("name", "description", "output.", *(f"training.{name}" for name in _FREE))
 
 
 class RunDirectoryError(RuntimeError):
     """The run directory holds something that this run must not touch; the message says what to do."""
 
 
-def claim(directory: Path, recipe: Recipe, resume: bool) -> bool:
-    """Make the directory this run's: write its recipe.toml, and clear away a run that is to be overwritten.
-
-    Returns:
-        Whether there was nothing in the directory before.
+def check(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """See to it that this run may have the directory; nothing is written.
 
     Raises:
-        RunDirectoryError: if the directory holds another run, a finished one, or one that was not asked to resume.
+        RunDirectoryError: if it holds another run, a finished one, or one that was not asked to resume, or if nothing
+            can be written there.
     """
-    recipe_file = directory / RECIPE_FILE
-    found = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+    found = _entries(directory)
+    is_run = RECIPE_FILE in found
     alternatives = "give the run another name (--name), or start over (--output.overwrite)"
-    only_prepared = found <= _PREPARED and not recipe.output.overwrite
-    if recipe_file.exists() and (resume or only_prepared):
-        _check_same(recipe_file, recipe)
-    if found and RECIPE_FILE not in found and not recipe.output.overwrite:
+    if found and not is_run and not recipe.output.overwrite:
         raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
-    if found - _PREPARED:
-        if SUMMARY_FILE in found and resume:
-            _reopen(directory, recipe, alternatives)
-        elif SUMMARY_FILE in found and not recipe.output.overwrite:
+    if is_run and (resume or not recipe.output.overwrite):
+        if resume or found <= _PREPARED:
+            _check_same(directory / RECIPE_FILE, recipe)
+        if SUMMARY_FILE in found and not resume:
             raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
-        if not (resume or recipe.output.overwrite):
+        if SUMMARY_FILE in found and recipe.training.max_steps < (steps := steps_taken(directory)):
+            raise RunDirectoryError(
+                f"{directory} holds a finished run: raise training.max_steps above {steps} to go on, {alternatives}."
+            )
+        if found - _PREPARED and not resume:
             raise RunDirectoryError(f"{directory} holds an unfinished run: resume it (--resume), {alternatives}.")
-        if not resume and RECIPE_FILE in found:
-            _clear(directory)
-    try:
-        write_text(recipe_file, to_toml(recipe))
-    except OSError as error:
-        raise RunDirectoryError(f"Cannot write into {directory}: {error.strerror or error}.") from error
-    return not found
+    standing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        reason = "is not a directory" if not standing.is_dir() else "may not be written"
+        raise RunDirectoryError(f"Cannot write into {directory}: {standing} {reason}.")
 
 
-def keep_to_data(directory: Path, identity: dict[str, int], begins: bool) -> None:
-    """Note what data the run was started with, or see to it that a resumed run has the same.
+@contextlib.contextmanager
+def claim(directory: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Have the directory for this run while the block lasts: write its recipe.toml, clear what is to be overwritten.
 
-    Args:
-        directory: of the run.
-        identity: of the data, as `identify` says.
-        begins: whether the run is at its first step, and may have any.
+    Enter it when all that may be refused has been checked: an earlier run is gone then.
 
     Raises:
-        RunDirectoryError: if it has other data: it would go on at a place in them that means nothing.
+        RunDirectoryError: as `check`, and if another process trains here.
+    """
+    check(directory, recipe, resume)
+    with contextlib.ExitStack() as held:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(NotImplementedError):  # some network file systems have no locks
+                held.enter_context(FileLock(directory / _LOCK, timeout=0))
+            check(directory, recipe, resume)  # it may have become another's meanwhile
+            if recipe.output.overwrite and not resume and RECIPE_FILE in _entries(directory):
+                _clear(directory)
+            (directory / SUMMARY_FILE).unlink(missing_ok=True)  # a finished run goes on
+            # It was asked for once, and not by those who will train by the recipe of this run.
+            output = dataclasses.replace(recipe.output, overwrite=False)
+            write_text(directory / RECIPE_FILE, to_toml(dataclasses.replace(recipe, output=output)))
+        except Timeout as error:
+            raise RunDirectoryError(f"{directory} is being trained in by another process: wait, or stop it.") from error
+        except OSError as error:
+            raise RunDirectoryError(f"Cannot write into {directory}: {error.strerror or error}.") from error
+        yield
+
+
+def check_data(directory: Path, identity: dict[str, int]) -> None:
+    """See to it that a run which goes on has the data that it was started with (`note_data`).
+
+    Raises:
+        RunDirectoryError: if it has others: it would go on at a place in them that means nothing.
     """
     noted = directory / DATA_FILE
-    if begins or not noted.exists():
-        write_json(noted, identity)
-        return
-    before = json.loads(noted.read_text(encoding="utf-8"))
+    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else identity
     if before != identity:
         raise RunDirectoryError(
             f"{directory} was started with other data ({before['blocks']:,} blocks, now {identity['blocks']:,}; their "
@@ -88,8 +111,18 @@ def keep_to_data(directory: Path, identity: dict[str, int], begins: bool) -> Non
         )
 
 
-def is_finished(directory: Path, recipe: Recipe) -> bool:
-    """Whether a run by this recipe has been finished here.
+def note_data(directory: Path, identity: dict[str, int]) -> None:
+    """Note what data the run has, as `holdfast.training.text_blocks.identify` says."""
+    write_json(directory / DATA_FILE, identity)
+
+
+def is_finished(directory: Path, max_steps: int) -> bool:
+    """Whether the run in this directory has been finished, with so many steps."""
+    return (directory / SUMMARY_FILE).exists() and steps_taken(directory) == max_steps
+
+
+def holds(directory: Path, recipe: Recipe) -> bool:
+    """Whether a finished run by this recipe lies here.
 
     Raises:
         RunDirectoryError: if the directory holds a run by another recipe, or a finished one of another length.
@@ -97,30 +130,14 @@ def is_finished(directory: Path, recipe: Recipe) -> bool:
     if not (directory / RECIPE_FILE).exists():
         return False
     _check_same(directory / RECIPE_FILE, recipe)
-    if not (directory / SUMMARY_FILE).exists():
-        return False
-    if (steps := _steps_taken(directory)) != recipe.training.max_steps:
-        raise RunDirectoryError(f"{directory} holds a finished run of {steps} steps, not {recipe.training.max_steps}.")
-    return True
+    wanted = recipe.training.max_steps
+    if (directory / SUMMARY_FILE).exists() and not is_finished(directory, wanted):
+        raise RunDirectoryError(f"{directory} holds a finished run of {steps_taken(directory)} steps, not {wanted}.")
+    return is_finished(directory, wanted)
 
 
-def release(directory: Path) -> None:
-    """Leave a directory that was claimed in vain, unless something has been written there since."""
-    if {entry.name for entry in directory.iterdir()} <= _PREPARED:
-        shutil.rmtree(directory)
-
-
-def _reopen(directory: Path, recipe: Recipe, alternatives: str) -> None:
-    """Let a finished run go on, if it is to take more steps than it took."""
-    steps = _steps_taken(directory)
-    if recipe.training.max_steps <= steps:
-        raise RunDirectoryError(
-            f"{directory} holds a finished run: raise training.max_steps above {steps} to go on, {alternatives}."
-        )
-    (directory / SUMMARY_FILE).unlink()
-
-
-def _steps_taken(directory: Path) -> int:
+def steps_taken(directory: Path) -> int:
+    """Steps of the finished run in this directory."""
     steps: int = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))["steps"]
     return steps
 
@@ -131,7 +148,7 @@ def _check_same(recipe_file: Path, recipe: Recipe) -> None:
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise RunDirectoryError(
                 f"{recipe_file.parent} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}: resume it "
-                "with its own recipe, or give the run another name."
+                "with its own recipe, give the run another name (--name), or start over (--output.overwrite)."
             )
 
 
@@ -155,3 +172,16 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(checkpoint)
     for name in _OWN_FILES:
         (directory / name).unlink(missing_ok=True)
+    for events in (directory / "runs").rglob("events.out.tfevents.*"):  # where transformers lets TensorBoard write
+        events.unlink()
+
+
+def _entries(directory: Path) -> set[str]:
+    """What lies in a run directory; a file of metrics in which nothing stands yet is none."""
+    if not directory.is_dir():
+        return set()
+    return {
+        entry.name
+        for entry in directory.iterdir()
+        if entry.name != _LOCK and not (entry.name == METRICS_FILE and entry.stat().st_size == 0)
+    }
