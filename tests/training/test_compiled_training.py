@@ -29,12 +29,12 @@ def make_recipe(directory, **training) -> Recipe:
     )
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_run_gives_the_same_losses_and_compiles_once(tmp_path, monkeypatch):
     eager = train(make_recipe(tmp_path / "eager"))
     # Code generation takes minutes on a CPU; what is traced is the same without.
     backend = functools.partial(TrainingArguments, torch_compile_backend="aot_eager")
     monkeypatch.setattr(run, "TrainingArguments", backend)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch.compiler.reset()
     frames = torch._dynamo.utils.counters["frames"]["ok"]
     compiled = train(make_recipe(tmp_path / "compiled", compile=True))

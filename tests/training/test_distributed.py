@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import Trainer
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
 from holdfast.training import ControllerConfig, HybridTrainer, RetentionSchedule, read_metrics, train
-from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TrainingSection
+from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
 
 STEPS = 50
 TASK = NeedleTask(length=24, num_pairs=2, num_keys=4, num_values=4, num_noise=4, window=6)
@@ -130,6 +131,20 @@ def test_two_processes_train_as_one_does(options, alone, tmp_path):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
     HybridForCausalLM.from_pretrained(run)
+
+
+def test_two_processes_read_a_text_over_and_over_as_one_does(tmp_path):
+    """45 blocks, of which a pass takes five steps of 8: what is left over is no half step, nor read twice."""
+    (tmp_path / "text.txt").write_text("the kelp holds on to the rock and the rock to the sea. " * 20)
+    recipe = make_recipe(tmp_path / "one", max_steps=12, warmup_steps=1)
+    recipe = replace(
+        recipe, model=recipe.model | {"vocab_size": 259}, data=TextData(str(tmp_path / "text.txt"), length=24)
+    )
+    expected = losses(train(recipe))
+    again = replace(recipe, output=OutputSection(directory=str(tmp_path / "two")))
+    in_two_processes(lambda: train(again))
+    assert len(expected) == 12
+    assert losses(tmp_path / "two" / "run") == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast.mixers.base import MixerOutput, count_weights, require, straight_through
-from holdfast.mixers.layout import TokenLayout, document_of_column, gapped_columns
+from holdfast.mixers.layout import TokenLayout, count_documents, document_of_column, gapped_columns
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
@@ -107,6 +107,20 @@ class LearnedEvictionOptions(AttentionOptions):
         return scorer
 
 
+class _scheduled:  # noqa: N801
+    """A number that changes between steps. Passes read it off a tensor, so that torch.compile need not trace again."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, layer: nn.Module | None, owner: type | None = None) -> float:
+        return 0.0 if layer is None else layer.__dict__.get(f"{self._name}_value", 0.0)
+
+    def __set__(self, layer: nn.Module, value: float) -> None:
+        layer.__dict__.setdefault(self._name, torch.zeros((), device="cpu")).fill_(value)
+        layer.__dict__ |= {f"{self._name}_value": value, f"{self._name}_is_on": value > 0}
+
+
 class LearnedEviction(SoftmaxAttention):
     """Attention over the window and over the pairs that a trained scorer chose to keep.
 
@@ -131,9 +145,13 @@ class LearnedEviction(SoftmaxAttention):
     Options = LearnedEvictionOptions
     eviction: bool = True
     training_budget: int | None = None
-    exploration: float = 0.0
+    exploration = _scheduled()
     substitute: Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor] | None = None
-    soft_gate: float = 0.0
+    soft_gate = _scheduled()
+    _exploration: Tensor
+    _exploration_is_on: bool = False
+    _soft_gate: Tensor
+    _soft_gate_is_on: bool = False
 
     def __init__(self, hidden_size: int, norm_eps: float, options: LearnedEvictionOptions) -> None:
         super().__init__(hidden_size, norm_eps, options)
@@ -184,7 +202,7 @@ class LearnedEviction(SoftmaxAttention):
         else:
             v = self._teaching(v, scores)
         visible_until = confine(self._retention(scores, layout), layout)
-        if self.training and self.eviction and self.soft_gate > 0:
+        if self.training and self.eviction and self._soft_gate_is_on:
             log_gate = self._log_gate(scores, layout)
             out = gated_retained_attention(q, k, v, visible_until, self.options.window, log_gate)
         else:
@@ -229,7 +247,7 @@ class LearnedEviction(SoftmaxAttention):
         """soft_gate · log σ(logit), [B, T, Hkv] fp32; 0 for sinks, whose score decides nothing."""
         probability = (scores + self.options.threshold).clamp(min=_LEAST_GATE)
         sinks = layout.token_positions.unsqueeze(2) < self.options.sinks
-        return (self.soft_gate * probability.log()).masked_fill(sinks, 0)
+        return (self._soft_gate * probability.log()).masked_fill(sinks, 0)
 
     @torch.no_grad()
     def stored(self, scores: Tensor, layout: TokenLayout) -> Tensor:
@@ -249,7 +267,8 @@ class LearnedEviction(SoftmaxAttention):
             document = document_of_column(layout.cu_seqlens, layout.length)
             counts = document.new_zeros(len(layout.cu_seqlens) - 1, scores.shape[2])
             counts.index_add_(0, document, candidates[0].long())
-        return counts.clamp(max=self.options.budget).float().mean(dim=0)
+        sequences = len(counts) if layout.cu_seqlens is None else count_documents(layout.cu_seqlens)
+        return counts.clamp(max=self.options.budget).float().sum(dim=0) / sequences
 
     def score(self, features: Tensor, layout: TokenLayout) -> Tensor:
         """Scores [B, T, Hkv] of whole sequences."""
@@ -287,7 +306,7 @@ class LearnedEviction(SoftmaxAttention):
         if not self.eviction:
             return torch.full_like(effective, FOREVER, dtype=torch.long)
         visible_until = streaming_retention(effective, self.training_budget, self.options.window, starts=layout.starts)
-        return self._explored(visible_until, layout) if self.exploration > 0 else visible_until
+        return self._explored(visible_until, layout) if self._exploration_is_on else visible_until
 
     def _explored(self, visible_until: Tensor, layout: TokenLayout) -> Tensor:
         """`visible_until` with a random share of the dropped pairs left visible, at most `budget` of them at a time.
@@ -296,7 +315,7 @@ class LearnedEviction(SoftmaxAttention):
         uniform sample of what has been drawn so far, and a query reads a fixed number of pairs more.
         """
         chances = torch.rand(visible_until.shape, device=visible_until.device)
-        drawn = (chances < self.exploration) & (visible_until < FOREVER)
+        drawn = (chances < self._exploration) & (visible_until < FOREVER)
         ranks = chances.masked_fill(~drawn, -torch.inf)
         options = self.options
         return visible_until.maximum(streaming_retention(ranks, options.budget, options.window, starts=layout.starts))

@@ -45,6 +45,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
         self.controller: BudgetController | None = None
         self._watch: RetentionWatch | None = None
         self._controller_state: dict[str, Any] | None = None
+        self._planned_steps = 0
         self._hook: RemovableHandle | None = None
         self._counts, self._positions = _RunningMean(), _RunningMean()
         self._logged: defaultdict[str, _RunningMean] = defaultdict(_RunningMean)
@@ -57,7 +58,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
             "patience": self.patience,
         }
         state = self.controller.state_dict() if self.controller else self._controller_state
-        return {"args": settings, "attributes": {"_controller_state": state}}
+        return {"args": settings, "attributes": {"_controller_state": state, "_planned_steps": self._planned_steps}}
 
     def drain(self) -> dict[str, Any]:
         """Metrics since the last call, then start anew. Waits for the device; call it on every rank.
@@ -85,12 +86,15 @@ class RetentionCallback(TrainerCallback, ExportableState):
         if self._hook is not None:  # an earlier training that ended with an exception
             self._hook.remove()
         self._hook = model.register_forward_hook(self._record, with_kwargs=True)
+        saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
+        attributes = saved["attributes"]
+        # A run that is made longer goes by the fractions of its first plan: what has been switched on stays on.
+        self._planned_steps = (attributes.get("_planned_steps") if state.global_step else 0) or state.max_steps
         layers = learned_eviction_layers(model)
         if not layers:
             return
         self.controller = BudgetController(model, config=self.controller_config)
-        saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
-        attributes = saved["attributes"]  # "_steps": of checkpoints from before there was damping
+        # "_steps": of checkpoints from before there was damping
         known = attributes.get("_controller_state") or {"steps": attributes.get("_steps", 0)}
         self.controller.load_state_dict(known)
         # Without a threshold every score is positive: that a head "keeps everything" then says nothing.
@@ -100,7 +104,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.apply(kwargs["model"], state.global_step, state.max_steps)
+        self.schedule.apply(kwargs["model"], state.global_step, self._planned_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.controller is None:
@@ -109,7 +113,7 @@ class RetentionCallback(TrainerCallback, ExportableState):
         if kept is None or positions is None:
             raise RuntimeError("The model reported no kept pairs: train it with return_dict=True and labels.")
         self._logged["kept"].add(kept)
-        if self.schedule.evicts(state.global_step, state.max_steps):
+        if self.schedule.evicts(state.global_step, self._planned_steps):
             self.controller.step(kept, positions)
             if self._watch is not None:
                 self._watch.step(kept, positions)

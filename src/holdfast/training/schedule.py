@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -90,14 +91,19 @@ class RetentionSchedule:
             layer.training_budget = layer.options.budget if self.enforce_budget else None
             layer.exploration = exploration
             layer.soft_gate = self.soft_gate_at(step, total_steps)
-            layer.router.requires_grad_(step >= self.scorer_freeze_steps)
+            if self.scorer_freeze_steps > 0:  # else they are as their user wants them, frozen perhaps
+                layer.router.requires_grad_(step >= self.scorer_freeze_steps)
 
 
 def learned_eviction_layers(model: nn.Module) -> dict[int, LearnedEviction]:
-    """The learned-eviction mixers of a model, wrapped or not, by the index of their layer; in the order of `kept`."""
-    found = {
-        int(f".{name}".rsplit(".layers.", 1)[1].split(".")[0]): module
-        for name, module in model.named_modules()
-        if isinstance(module, LearnedEviction)
-    }
-    return dict(sorted(found.items()))
+    """The learned-eviction mixers of a model, wrapped or not, in the order of `kept`.
+
+    The keys are the indices of their layers, after `layers.` in their names; where a model of one's own has no such
+    names, their places among each other.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LearnedEviction)]
+    numbers = [re.findall(r"(?:^|\.)layers\.(\d+)\.", f"{name}.") for name, _ in found]
+    indices = [int(number[-1]) for number in numbers if number]
+    if len(set(indices)) < len(found):
+        return dict(enumerate(module for _, module in found))
+    return dict(sorted(zip(indices, (module for _, module in found), strict=True)))

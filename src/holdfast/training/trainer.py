@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import SGD
-from torch.utils.data import DataLoader
-from transformers import Trainer, get_cosine_with_min_lr_schedule_with_warmup
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
@@ -83,14 +83,23 @@ def _is_scorers(name: str) -> bool:
     return ".router." in f".{name}"
 
 
+class _IntervalsAsAsked(TrainerCallback):
+    """Logs, saves and evaluates a resumed run as often as is asked now; transformers would go on as it was."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
-    Its logs gain `lm_loss`, `retention_loss`, over all heads `kept_mean|min|max`, `stored_mean|min|max` and
-    `lambda_mean|max` (see `RetentionCallback.drain`), and what `SpeedMeter` measures. A loss that is NaN or infinite
-    ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint bears its name only when
-    it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A `TextStream` to train on
-    is shared out over the processes, and checkpoints hold its position.
+    A pass over data in memory is a whole number of steps, so that every step is as large as the others, on any number
+    of devices; the samples left over, others in every pass, wait for the next. The loss of evaluations is that of the
+    text alone, without the penalty. Its logs gain `lm_loss`, `retention_loss`, over all heads `kept_mean|min|max`,
+    `stored_mean|min|max` and `lambda_mean|max` (see `RetentionCallback.drain`), and what `SpeedMeter` measures. A loss
+    that is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint
+    bears its name only when it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A
+    `TextStream` to train on is shared out over the processes, and checkpoints hold its position.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
@@ -102,8 +111,8 @@ class HybridTrainer(Trainer):
             None: that of the rest.
 
     Raises:
-        ValueError: a `scorer_final_lr_share` with another schedule, or (in `train`) with an optimizer or a scheduler of
-            one's own.
+        ValueError: a loss other than the model's (`compute_loss_func`, `label_smoothing_factor`), or a
+            `scorer_final_lr_share` with another schedule, or (in `train`) with one's own optimizer or scheduler.
     """
 
     def __init__(
@@ -116,7 +125,13 @@ class HybridTrainer(Trainer):
         scorer_final_lr_share: float | None = None,
         **kwargs: Any,
     ) -> None:
+        self._retention = retention or RetentionCallback()
         super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise ValueError(
+                "compute_loss_func and label_smoothing_factor would leave out the penalty of learned eviction: "
+                "override compute_loss, and add the `retention_loss` of the model's output."
+            )
         schedule = SchedulerType(self.args.lr_scheduler_type)
         if scorer_final_lr_share is not None and schedule is not SchedulerType.COSINE_WITH_MIN_LR:
             raise ValueError(
@@ -131,11 +146,14 @@ class HybridTrainer(Trainer):
         self.last_metrics: dict[str, Any] = {}
         self._first_bad_step: Tensor | None = None
         self._is_staging = False
-        self.add_callback(retention or RetentionCallback())
+        self.add_callback(self._retention)
+        self.add_callback(_IntervalsAsAsked())
         self.speed = SpeedMeter(peak_flops)
         self.add_callback(self.speed)
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self._retention.schedule.scorer_freeze_steps > 0 and self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True  # frozen after wrapping, they have no gradient to wait for
         super().create_accelerator_and_postprocess()
         # Sequences of training have a few lengths at most: symbolic ones cost speed, and inductor fails on them.
         self.accelerator.state.dynamo_plugin.dynamic = False
@@ -170,13 +188,29 @@ class HybridTrainer(Trainer):
             generator=torch.Generator(),  # else it would take a number from the generator that dropout uses
         )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, RandomSampler) or sampler.replacement:
+            return sampler
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        whole = sampler.num_samples - sampler.num_samples % step
+        return RandomSampler(sampler.data_source, num_samples=whole) if whole else sampler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            loss = getattr(outputs, "lm_loss", loss)
+        return (loss, outputs) if return_outputs else loss
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
             groups = parameter_groups(
                 trained,
-                learning_rate=self.args.learning_rate,
+                learning_rate=settings.get("lr", self.args.learning_rate),
                 weight_decay=self.args.weight_decay,
                 scorer_lr_scale=self.scorer_lr_scale,
                 scorer_weight_decay=self.scorer_weight_decay,
@@ -247,7 +281,7 @@ class HybridTrainer(Trainer):
         self._stop_if_diverged()
         run = Path(super()._get_output_dir(trial))
         staged = run / checkpointing.INCOMPLETE / f"checkpoint-{self.state.global_step}"
-        with explaining_writes(run, self.state.global_step):
+        with explaining_writes(run, f"checkpoint of step {self.state.global_step}"):
             with self._staging():
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -263,16 +297,21 @@ class HybridTrainer(Trainer):
         """Save model and tokenizer to `directory` by `save_pretrained`, each file at once or not at all.
 
         Call it on every rank. Sharded models are gathered, whatever form their checkpoints have.
+
+        Raises:
+            CheckpointError: if it cannot be written.
         """
         staged = Path(directory) / checkpointing.INCOMPLETE / "model"
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self.save_model(str(staged), _internal_call=True)
-        if self.args.should_save:
-            (staged / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and no part of a model
-            for path in staged.iterdir():
-                os.replace(path, Path(directory) / path.name)
-            shutil.rmtree(staged.parent)
+        with explaining_writes(Path(directory), "trained model"):
+            self.save_model(str(staged), _internal_call=True)
+            if self.args.should_save:
+                (staged / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and no part of a model
+                for path in staged.iterdir():
+                    path.chmod(0o644)  # safetensors makes files that only their owner reads
+                    os.replace(path, Path(directory) / path.name)
+                shutil.rmtree(staged.parent)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -299,6 +338,8 @@ class HybridTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpointing.check_complete(Path(checkpoint))
         with explaining_reads(checkpoint, "optimizer state"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
