@@ -68,6 +68,15 @@ def test_wrong_calls(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "vocab_size is 100" in capsys.readouterr().err
 
 
+def test_splits_of_one_file_are_not_prepared(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["prepare", str(corpus / "train.jsonl"), str(tmp_path / "out"), "--tokenizer", "byte", "--splits"]
+    message = refused(capsys, *call, "train", "validation")
+    assert "train.jsonl is one file, so its splits 'train' and 'validation' would be the same text" in message
+    assert "--splits train" in message
+    assert not (tmp_path / "out").exists()
+    assert main([*call, "validation"]) == 0
+
+
 def test_bench_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "data.json"
     call = "bench data --documents 300 --tokenizers byte bpe --workers 0 1 --seconds 0.05 --length 64 --shuffle 4"

@@ -46,6 +46,16 @@ def test_files_without_a_split_in_their_names_are_to_train_on(tmp_path: Path) ->
     assert list(load_text(tmp_path)) == ["a", "b"]
 
 
+@pytest.mark.parametrize("ending", ["PARQUET", "JSONL", "Json", "jsonl.GZ", "JSONL.ZST", "Txt", "TXT.gz", "TXT.ZST"])
+def test_endings_count_in_any_case(tmp_path: Path, ending: str) -> None:
+    lower = write_rows(tmp_path / f"corpus.{ending.lower()}", ["Kelp 海藻"])
+    if lower.name.endswith((".txt.gz", ".txt.zst")):
+        with pa.CompressedOutputStream(str(lower), "gzip" if lower.suffix == ".gz" else "zstd") as file:
+            file.write("Kelp 海藻".encode())
+    lower.rename(tmp_path / "part").rename(tmp_path / f"CORPUS.{ending}")
+    assert list(load_text(tmp_path)) == list(load_text(tmp_path / f"CORPUS.{ending}")) == ["Kelp 海藻"]
+
+
 def corpora(folder: Path) -> dict[str, TextSource]:
     """The same 23 rows in files of every kind, few and many, with small groups; and read by `datasets`."""
     rows = [f"row {number}" * (1 + number % 3) for number in range(23)]

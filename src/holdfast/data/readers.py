@@ -44,8 +44,8 @@ class Reader:
 
 
 def reader_of(path: Path) -> Reader | None:
-    """The reader for a file of this name, None if there is none."""
-    return next((reader for ending, reader in READERS.items() if path.name.endswith(ending)), None)
+    """The reader for a file of this name, None if there is none. Endings count in any case: `BOOK.TXT`."""
+    return next((reader for ending, reader in READERS.items() if path.name.lower().endswith(ending)), None)
 
 
 def no_column(column: str, columns: Iterable[str]) -> str:
@@ -92,9 +92,10 @@ def _lines(path: Path, column: str, place: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
+    ending = path.suffix.lower()
+    if ending == ".gz":
         return gzip.open(path)
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER)
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd" if ending == ".zst" else None), BUFFER)
 
 
 def _move(file: Any, place: int) -> None:

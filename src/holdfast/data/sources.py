@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import logging
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from holdfast.data.readers import ENDINGS, BadRow, no_column, reader_of
+from holdfast.data.splits import files_of_split
 
 __all__ = [
     "HubText",
@@ -28,11 +28,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 USUAL_FOLDERS = ("data", "datasets", "corpora", "corpus")
 """That hold text on a disk and are no owner of data sets that anyone would mean."""
 ROWS_TO_FIND_THE_COLUMN = 100
@@ -80,9 +75,9 @@ def load_text(
     Args:
         path_or_hub_name: a .parquet, .jsonl or .json file (one document per row) or a .txt file (one document),
             .jsonl and .txt also as .gz or .zst; a directory of them, at any depth; or the name of a data set.
-        split: a file is read whole, whatever its name. In a directory, the files are read whose path names this split
-            (`train.parquet`, `data/train-00000-of-00004.parquet`); where no name tells a split, all are `train`. On the
-            hub it is a split of that data set.
+        split: a file is read whole, whatever its name. In a directory, the files are read whose path tells this split
+            (`train.parquet`, `validation/17.txt`; the rule is that of `holdfast.data.splits`); where no path tells a
+            split, all are `train`. On the hub it is a split of that data set.
         text_column: the column that holds the text.
         config: configuration of a hub data set, such as `sample-100BT`.
 
@@ -116,7 +111,7 @@ def _looks_local(name: str) -> bool:
     """Whether a name at which nothing lies is that of a path, and not of a data set on the hub: `owner/name`."""
     path = Path(name).expanduser()
     if (
-        path.name.endswith(ENDINGS)
+        path.name.lower().endswith(ENDINGS)
         or name.startswith(("/", ".", "~"))
         or name.endswith("/")
         or name.strip("/").count("/") > 1
@@ -269,28 +264,11 @@ def _fault(text: Any) -> str | None:
 
 
 def _local_files(path: Path, split: str) -> list[Path]:
-    if path.is_file():
-        if reader_of(path) is None:
-            raise ValueError(f"{path} is of an unknown type; give a {', '.join(ENDINGS)} file.")
-        return [path]
-    found = sorted(file for file in path.rglob("*") if reader_of(file) is not None and file.is_file())
-    if not found:
-        raise ValueError(f"{path} holds no text files; give a directory of {', '.join(ENDINGS)} files.")
-    splits = {file: _split_of(file.relative_to(path)) for file in found}
-    if not any(splits.values()):
-        splits = dict.fromkeys(found, "train")
-    chosen = [file for file in found if splits[file] == split]
-    if not chosen:
-        known = ", ".join(sorted({name for name in splits.values() if name}))
-        raise ValueError(f"cannot read {path} (split {split}): its file names tell the splits {known} only.")
-    return chosen
-
-
-def _split_of(path: Path) -> str | None:
-    """The split that a relative path names, the last one named if there are several."""
-    words = re.split(r"[^a-z]+", str(path).lower())
-    named = [split for word in words for split, aliases in SPLITS.items() if word in aliases]
-    return named[-1] if named else None
+    if path.is_dir():
+        return files_of_split(path, split)
+    if reader_of(path) is None:
+        raise ValueError(f"{path} is of an unknown type; give a {', '.join(ENDINGS)} file.")
+    return [path]
 
 
 def _check_column(path: Path, column: str) -> None:
