@@ -137,6 +137,20 @@ def test_reading_stops_at_max_tokens(caplog: pytest.LogCaptureFixture) -> None:
     assert "skipped 1 row" in caplog.text
 
 
+def test_a_long_document_is_cut_at_max_tokens() -> None:
+    for max_tokens, blocks in ((1, 1), (5, 1), (6, 2), (50, 10)):
+        cut = PackedText.from_texts(["ab", "c" * 10_000], byte_tokenizer(), 5, max_tokens=max_tokens, progress=False)
+        whole = PackedText.from_texts(["ab", "c" * 10_000], byte_tokenizer(), 5, progress=False)
+        assert len(cut) == blocks
+        assert cut.tokens.tolist() == whole.tokens[: 5 * blocks].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [0, -3])
+def test_no_tokens_are_no_limit(max_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}; give 1 or more, or None for all"):
+        PackedText.from_texts(["abcdef"], byte_tokenizer(), 2, max_tokens=max_tokens, progress=False)
+
+
 def test_the_fingerprint_is_that_of_what_texts_become(tmp_path: Path) -> None:
     before = fingerprint(TRAINED)
     TRAINED(["a", "a b c"], padding=True, truncation=True, max_length=2)

@@ -160,7 +160,13 @@ def test_which_blocks_a_recipe_gets(corpus, tmp_path) -> None:
     assert all(torch.equal(whole[n]["input_ids"], blocks[n]["input_ids"]) for n in range(len(blocks)))
     first = evaluation_blocks(mapped, tokenizer)
     assert isinstance(first, Subset)
-    assert len(first) == 2
+    assert len(first) == len(validation) == 2
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "validation_tokens"])
+def test_no_tokens_are_refused(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        TextData("corpus", **{name: 0})
 
 
 def test_nobody_evaluates_on_what_was_trained_on(corpus, tmp_path) -> None:

@@ -74,9 +74,11 @@ class TextData:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}.")
-        for name, least in (("in_memory", 0), ("shuffle", 0), ("lanes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        least = {"in_memory": 0, "shuffle": 0, "lanes": 1, "max_tokens": 1, "validation_tokens": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -274,10 +276,15 @@ def _find(path_or_name: str | Path) -> tuple[str, str]:
 
 
 def _overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, table by table; a table of another `kind` replaces the base's, as do options of mixers."""
+    """`changes` over `base`, table by table; a table of another `kind` replaces the base's, as do options of mixers.
+
+    Nor is the `config` of one `source` that of another.
+    """
     if "kind" in changes and changes["kind"] != base.get("kind"):
         return dict(changes)
     merged = dict(base)
+    if changes.get("source", base.get("source")) != base.get("source"):
+        merged.pop("config", None)
     for key, value in changes.items():
         inherited = merged.get(key)
         both_tables = isinstance(inherited, Mapping) and isinstance(value, Mapping)
