@@ -1,13 +1,18 @@
 """`holdfast tokenizer`, `prepare` and `bench data`: what they write, and how they refuse."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from text_files import write_rows
+from torch.utils.data import ConcatDataset
 
 from holdfast.cli import main
-from holdfast.data.text import load_tokenizer, open_prepared
+from holdfast.cli.train import chosen_recipe
+from holdfast.data.text import TextStream, load_tokenizer, open_prepared
+from holdfast.training.recipe import TextData
+from holdfast.training.text_blocks import training_blocks
 
 SENTENCE = "the kelp holds on to the rock and the rock holds on to the sea. "
 
@@ -42,6 +47,26 @@ def test_a_tokenizer_and_a_prepared_corpus(corpus: Path, tmp_path: Path, capsys:
     assert "tokens of 50 documents in" in shown
     assert len(open_prepared(target, 16, split="validation")) == len(open_prepared(target, 16)) > 10
     assert "holds a tokenizer already" in refused(capsys, "tokenizer", str(corpus), own, "--vocab-size", "290")
+
+
+def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand there, but for the size of what they make; of training, the settings and the data."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        write_rows(Path("corpus") / f"{split}.jsonl", [f"{number}: {SENTENCE}" for number in range(300)])
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    lines = [line.split("#")[0].split()[1:] for line in page.splitlines() if line.startswith("holdfast ")]
+    assert [line[0] for line in lines] == ["tokenizer", "train", "prepare", "train"]
+    kinds = []
+    for command, *arguments in lines:
+        if command != "train":
+            assert main([command, *(argument.replace("32000", "300") for argument in arguments)]) == 0
+            continue
+        data = chosen_recipe(arguments[0], arguments[1:]).data
+        assert isinstance(data, TextData)
+        data = dataclasses.replace(data, in_memory=0, length=64, lanes=2)
+        kinds.append(type(training_blocks(data, load_tokenizer("tokenizers/mine"), seed=0, workers=0)))
+    assert kinds == [TextStream, ConcatDataset]
 
 
 def test_a_tokenizer_of_the_first_characters(corpus: Path, tmp_path: Path) -> None:

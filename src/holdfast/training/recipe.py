@@ -49,19 +49,20 @@ class TextData:
     streamed), or a directory that `holdfast prepare` wrote, which brings its own tokenizer."""
     kind: Literal["text"] = "text"
     config: str | None = None
-    """Configuration of a data set on the hub, such as sample-100BT."""
+    """Configuration of a data set on the hub, such as sample-100BT. It goes with its source: another one, on the command
+    line or in a recipe with a base, has none unless it is named too."""
     split: str = "train"
     validation_split: str | None = None
     """Split for evaluations during training; None: none are made."""
     validation_tokens: int | None = 131_072
-    """Read about as many tokens of that split, so that an evaluation stays short; None: all."""
+    """Read the first blocks of that split with so many tokens, so that an evaluation stays short; None: all."""
     column: str = "text"
     tokenizer: str = "byte"
     """"byte", "train" (a byte-level BPE of model.vocab_size, learned from the text), a directory, or a hub name."""
     length: int = 512
     """Tokens per block."""
     max_tokens: int | None = None
-    """Read about as many tokens and no more; None: all."""
+    """Read the first blocks with so many tokens and no more, cutting a longer document; None: all."""
     isolate: bool = False
     """Whether documents packed into one block are kept from seeing each other."""
     in_memory: int = 64
