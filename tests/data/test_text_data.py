@@ -14,6 +14,7 @@ from holdfast.data.text import (
     PackedText,
     byte_tokenizer,
     collate_isolated,
+    load_text,
     load_tokenizer,
     pack,
     train_tokenizer,
@@ -60,6 +61,15 @@ def test_tokenizers_that_cannot_be(tmp_path: Path) -> None:
         train_tokenizer(CORPUS, 258)
     with pytest.raises(ValueError, match=f"cannot load tokenizer {tmp_path}"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_not_trained_on_nothing(tmp_path: Path) -> None:
+    for nothing in ([], [None, ""]):
+        with pytest.raises(ValueError, match="the corpus holds no text to train a tokenizer on"):
+            train_tokenizer(nothing, 300, progress=False)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no text to train a tokenizer on"):
+        train_tokenizer(load_text(tmp_path / "empty.jsonl"), 300, progress=False)
 
 
 def test_pack_by_hand() -> None:

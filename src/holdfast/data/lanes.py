@@ -152,7 +152,6 @@ class Lane:
                 return
             cursor = Cursor(epoch=cursor.epoch + 1)
 
-
     def _cut(self, tokens: np.ndarray, read: int) -> np.ndarray:
         """What a pass that has read so many tokens may take of a document, the end token behind it all the same."""
         limit = self.settings.max_tokens

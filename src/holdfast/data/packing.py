@@ -1,7 +1,7 @@
 """Packing token sequences into blocks of one length, held in memory or mapped from a file."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,8 @@ class PackedText(Dataset):
         """
         check_max_tokens(max_tokens)
         limit = math.inf if max_tokens is None else math.ceil(max_tokens / length) * length
-        rows = ((None, text) for text in count_bad_rows(track(texts, "tokenizing", progress=progress)))
+        count = len(texts) if isinstance(texts, Sized) else None
+        rows = ((None, text) for text in track(count_bad_rows(texts), "tokenizing", total=count, progress=progress))
         pieces: list[np.ndarray] = []
         total = 0
         for _, document in encode_documents(rows, tokenizer):

@@ -231,14 +231,23 @@ def usable(rows: Iterable[tuple[Any, Any]], skipped: collections.Counter[str]) -
 
 
 def count_bad_rows(texts: Iterable[Any]) -> Iterator[str]:
-    """The texts among `texts`; says once, at the end, how many were no text and why."""
+    """The texts among `texts`; says once, at the end, how many were no text and why, and where if it is a corpus."""
+    rows = texts.rows() if isinstance(texts, LocalText | HubText) else ((None, text) for text in texts)
     skipped: collections.Counter[str] = collections.Counter()
+    first: Any = None
     try:
-        for _, text in usable(((None, text) for text in texts), skipped):
-            yield text
+        for place, value in rows:
+            fault = _fault(value)
+            if fault is None:
+                yield value
+            else:
+                skipped[fault] += 1
+                first = first or place
     finally:  # also when the reader had enough and stopped early
         if skipped:
-            logger.warning("%s", describe_skipped(skipped))
+            corpus = "" if first is None else f"{texts.name}: "  # type: ignore[attr-defined]
+            file = f"; the first in {texts.paths[first[0]]}" if isinstance(texts, LocalText) and texts.files > 1 else ""
+            logger.warning("%s%s%s", corpus, describe_skipped(skipped), file)
 
 
 def describe_skipped(skipped: collections.Counter[str]) -> str:
@@ -289,7 +298,7 @@ def _names(row: Any) -> list[str]:
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     return list(row) if isinstance(row, dict) else []
 

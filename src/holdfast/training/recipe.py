@@ -49,8 +49,8 @@ class TextData:
     streamed), or a directory that `holdfast prepare` wrote, which brings its own tokenizer."""
     kind: Literal["text"] = "text"
     config: str | None = None
-    """Configuration of a data set on the hub, such as sample-100BT. It goes with its source: another one, on the command
-    line or in a recipe with a base, has none unless it is named too."""
+    """Configuration of a data set on the hub, such as sample-100BT. It goes with its source: another source, on the
+    command line or in a recipe with a base, has none unless it is named too."""
     split: str = "train"
     validation_split: str | None = None
     """Split for evaluations during training; None: none are made."""
