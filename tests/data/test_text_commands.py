@@ -102,6 +102,24 @@ def test_splits_of_one_file_are_not_prepared(corpus: Path, tmp_path: Path, capsy
     assert main([*call, "validation"]) == 0
 
 
+def test_every_target_and_every_file_is_checked_before_the_first_is_prepared(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["prepare", str(corpus), str(tmp_path / "out"), "--tokenizer", "byte", "--splits"]
+    assert main([*call, "validation"]) == 0
+    assert main([*call, "train", "validation"]) == 1
+    assert "holds a prepared split 'validation' already" in capsys.readouterr().err
+    for split in ("train", "validation"):
+        for number in range(2):
+            path = write_rows(tmp_path / "damaged" / f"{split}-{number}.parquet", [SENTENCE] * 50)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["prepare", str(tmp_path / "damaged"), *call[2:], "train", "test"]) == 2
+    assert main(["prepare", str(tmp_path / "damaged"), str(tmp_path / "new"), *call[3:], "train", "validation"]) == 1
+    assert "validation-1.parquet" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "train.json").exists()
+    assert not (tmp_path / "new").exists()
+
+
 def test_bench_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "data.json"
     call = "bench data --documents 300 --tokenizers byte bpe --workers 0 1 --seconds 0.05 --length 64 --shuffle 4"

@@ -153,6 +153,17 @@ class LocalText:
         listing = json.dumps([(path.name, path.stat().st_size) for path in self.paths])
         return f"{len(self.paths)} files, {self.size} bytes, {zlib.crc32(listing.encode()):08x}"
 
+    def check(self) -> None:
+        """Begin to read every file, so that one that cannot be read shows before hours of work.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        for path in self.paths:
+            reader = reader_of(path)
+            assert reader is not None
+            next(_naming(path, reader.rows(path, self.column, 0)), None)
+
     def rows(self, part: int = 0, parts: int = 1, start: Any = None) -> Iterator[tuple[Any, Any]]:
         first, place, row = start or (0, 0, 0)
         by_file = self.files >= parts
