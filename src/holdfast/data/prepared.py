@@ -137,6 +137,7 @@ def _describe(
     shards: list[dict[str, Any]],
     skipped: collections.Counter[str],
 ) -> None:
+    """Write the description, by which the split is whole."""
     description = {
         "format": FORMAT,
         "dtype": _dtype(tokenizer).name,
