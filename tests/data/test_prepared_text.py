@@ -120,6 +120,38 @@ def test_a_directory_holds_splits_of_one_tokenizer(corpus: Path, tmp_path: Path)
     assert len(open_prepared(folder, 8, split="validation")) == len(open_prepared(folder, 8))
 
 
+def test_what_an_interrupted_attempt_has_left_is_removed(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    prepare(load_text(corpus), folder, byte_tokenizer(), split="validation", progress=False)
+    others = sorted(path.name for path in folder.iterdir())
+    for name in ("train-00007.tokens.bin", "train-00007.starts.bin", ".train-00001.tokens-x1.bin"):
+        (folder / name).write_bytes(b"left")
+    prepare(load_text(corpus), folder, byte_tokenizer(), progress=False)
+    own = ["train-00000.starts.bin", "train-00000.tokens.bin", "train.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*others, *own])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_attempt_that_fails_leaves_nothing(tmp_path: Path, workers: int) -> None:
+    for number in range(3):
+        write_rows(tmp_path / "corpus" / f"{number}.parquet", ["some text"] * 300, row_group_size=50)
+    source = load_text(tmp_path / "corpus")
+    damaged = tmp_path / "corpus" / "2.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^cannot read .*2\.parquet: [^\n]*$"):
+        prepare(source, tmp_path / "out", byte_tokenizer(), workers=workers, progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_are_counted_as_they_are_written(
+    corpus: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.data.progress.SECONDS_BETWEEN_LINES", -1.0)
+    prepare(load_text(corpus), tmp_path / "out", byte_tokenizer(), workers=workers)
+    assert capsys.readouterr().err.splitlines() == [f"train: documents: {done}" for done in range(31)]
+
+
 def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     empty = load_text(write_rows(tmp_path / "a.jsonl", [None, ""]))
     with pytest.raises(ValueError, match=r"a\.jsonl holds no text"):
@@ -132,6 +164,8 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
     prepare(short, tmp_path / "out", byte_tokenizer(), progress=False)
     with pytest.raises(ValueError, match="has 3 tokens, too few for a block of 4"):
         open_prepared(tmp_path / "out", 4)
+    with pytest.raises(ValueError, match=r"b\.jsonl is a file; give a directory"):
+        prepare(short, tmp_path / "b.jsonl", byte_tokenizer(), progress=False)
     endless = byte_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):

@@ -1,13 +1,18 @@
 """`holdfast tokenizer`, `prepare` and `bench data`: what they write, and how they refuse."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from text_files import write_rows
+from torch.utils.data import ConcatDataset
 
 from holdfast.cli import main
-from holdfast.data.text import load_tokenizer, open_prepared
+from holdfast.cli.train import chosen_recipe
+from holdfast.data.text import TextStream, load_tokenizer, open_prepared
+from holdfast.training.recipe import TextData
+from holdfast.training.text_blocks import training_blocks
 
 SENTENCE = "the kelp holds on to the rock and the rock holds on to the sea. "
 
@@ -44,6 +49,26 @@ def test_a_tokenizer_and_a_prepared_corpus(corpus: Path, tmp_path: Path, capsys:
     assert "holds a tokenizer already" in refused(capsys, "tokenizer", str(corpus), own, "--vocab-size", "290")
 
 
+def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand there, but for the size of what they make; of training, the settings and the data."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        write_rows(Path("corpus") / f"{split}.jsonl", [f"{number}: {SENTENCE}" for number in range(300)])
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    lines = [line.split("#")[0].split()[1:] for line in page.splitlines() if line.startswith("holdfast ")]
+    assert [line[0] for line in lines] == ["tokenizer", "train", "prepare", "train"]
+    kinds = []
+    for command, *arguments in lines:
+        if command != "train":
+            assert main([command, *(argument.replace("32000", "300") for argument in arguments)]) == 0
+            continue
+        data = chosen_recipe(arguments[0], arguments[1:]).data
+        assert isinstance(data, TextData)
+        data = dataclasses.replace(data, in_memory=0, length=64, lanes=2)
+        kinds.append(type(training_blocks(data, load_tokenizer("tokenizers/mine"), seed=0, workers=0)))
+    assert kinds == [TextStream, ConcatDataset]
+
+
 def test_a_tokenizer_of_the_first_characters(corpus: Path, tmp_path: Path) -> None:
     tokens = {}
     for characters in (10, 100_000):
@@ -66,6 +91,33 @@ def test_wrong_calls(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "out").exists()
     assert main(["tokenizer", str(corpus), out, "--vocab-size", "100"]) == 1
     assert "vocab_size is 100" in capsys.readouterr().err
+
+
+def test_splits_of_one_file_are_not_prepared(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["prepare", str(corpus / "train.jsonl"), str(tmp_path / "out"), "--tokenizer", "byte", "--splits"]
+    message = refused(capsys, *call, "train", "validation")
+    assert "train.jsonl is one file, so its splits 'train' and 'validation' would be the same text" in message
+    assert "--splits train" in message
+    assert not (tmp_path / "out").exists()
+    assert main([*call, "validation"]) == 0
+
+
+def test_every_target_and_every_file_is_checked_before_the_first_is_prepared(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["prepare", str(corpus), str(tmp_path / "out"), "--tokenizer", "byte", "--splits"]
+    assert main([*call, "validation"]) == 0
+    assert main([*call, "train", "validation"]) == 1
+    assert "holds a prepared split 'validation' already" in capsys.readouterr().err
+    for split in ("train", "validation"):
+        for number in range(2):
+            path = write_rows(tmp_path / "damaged" / f"{split}-{number}.parquet", [SENTENCE] * 50)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["prepare", str(tmp_path / "damaged"), *call[2:], "train", "test"]) == 2
+    assert main(["prepare", str(tmp_path / "damaged"), str(tmp_path / "new"), *call[3:], "train", "validation"]) == 1
+    assert "validation-1.parquet" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "train.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_bench_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

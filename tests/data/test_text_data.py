@@ -14,6 +14,7 @@ from holdfast.data.text import (
     PackedText,
     byte_tokenizer,
     collate_isolated,
+    load_text,
     load_tokenizer,
     pack,
     train_tokenizer,
@@ -60,6 +61,15 @@ def test_tokenizers_that_cannot_be(tmp_path: Path) -> None:
         train_tokenizer(CORPUS, 258)
     with pytest.raises(ValueError, match=f"cannot load tokenizer {tmp_path}"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_not_trained_on_nothing(tmp_path: Path) -> None:
+    for nothing in ([], [None, ""]):
+        with pytest.raises(ValueError, match="the corpus holds no text to train a tokenizer on"):
+            train_tokenizer(nothing, 300, progress=False)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no text to train a tokenizer on"):
+        train_tokenizer(load_text(tmp_path / "empty.jsonl"), 300, progress=False)
 
 
 def test_pack_by_hand() -> None:
@@ -135,6 +145,20 @@ def test_reading_stops_at_max_tokens(caplog: pytest.LogCaptureFixture) -> None:
     blocks = PackedText.from_texts([None, *["abcd"] * 10], byte_tokenizer(), 5, max_tokens=9, progress=False)
     assert len(blocks) == 2
     assert "skipped 1 row" in caplog.text
+
+
+def test_a_long_document_is_cut_at_max_tokens() -> None:
+    for max_tokens, blocks in ((1, 1), (5, 1), (6, 2), (50, 10)):
+        cut = PackedText.from_texts(["ab", "c" * 10_000], byte_tokenizer(), 5, max_tokens=max_tokens, progress=False)
+        whole = PackedText.from_texts(["ab", "c" * 10_000], byte_tokenizer(), 5, progress=False)
+        assert len(cut) == blocks
+        assert cut.tokens.tolist() == whole.tokens[: 5 * blocks].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [0, -3])
+def test_no_tokens_are_no_limit(max_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"max_tokens is {max_tokens}; give 1 or more, or None for all"):
+        PackedText.from_texts(["abcdef"], byte_tokenizer(), 2, max_tokens=max_tokens, progress=False)
 
 
 def test_the_fingerprint_is_that_of_what_texts_become(tmp_path: Path) -> None:

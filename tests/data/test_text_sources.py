@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from text_files import write_rows
 
-from holdfast.data.sources import HubText, TextSource, load_text, usable
+from holdfast.data.sources import HubText, TextSource, count_bad_rows, load_text, usable
 
 ROWED = ["parquet", "jsonl", "json", "jsonl.gz", "jsonl.zst"]
 
@@ -44,6 +44,16 @@ def test_files_without_a_split_in_their_names_are_to_train_on(tmp_path: Path) ->
     write_rows(tmp_path / "a.jsonl", ["a"])
     write_rows(tmp_path / "deeper" / "constraint.txt", ["b"])  # `train` is no word of its own in there
     assert list(load_text(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("ending", ["PARQUET", "JSONL", "Json", "jsonl.GZ", "JSONL.ZST", "Txt", "TXT.gz", "TXT.ZST"])
+def test_endings_count_in_any_case(tmp_path: Path, ending: str) -> None:
+    lower = write_rows(tmp_path / f"corpus.{ending.lower()}", ["Kelp 海藻"])
+    if lower.name.endswith((".txt.gz", ".txt.zst")):
+        with pa.CompressedOutputStream(str(lower), "gzip" if lower.suffix == ".gz" else "zstd") as file:
+            file.write("Kelp 海藻".encode())
+    lower.rename(tmp_path / "part").rename(tmp_path / f"CORPUS.{ending}")
+    assert list(load_text(tmp_path)) == list(load_text(tmp_path / f"CORPUS.{ending}")) == ["Kelp 海藻"]
 
 
 def corpora(folder: Path) -> dict[str, TextSource]:
@@ -162,6 +172,39 @@ def test_bad_rows_are_counted_by_what_is_wrong_with_them(tmp_path: Path) -> None
         "not valid Unicode": 1,
         "not a JSON object": 1,
     }
+
+
+DEEP = '{"text": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(DEEP + '\n{"text": "good"}\n' + DEEP + "\n")
+    skipped: Counter[str] = Counter()
+    assert [text for _, text in usable(load_text(tmp_path).rows(), skipped)] == ["good"]
+    assert skipped == {"nested too deeply": 2}
+    (tmp_path / "corpus.json").write_text(f"[{DEEP}]")
+    with pytest.raises(ValueError, match=r"cannot read .*corpus\.json: a row is nested too deeply; .*\.jsonl"):
+        load_text(tmp_path / "corpus.json")
+
+
+def test_json_lines_by_another_name_are_recognised(tmp_path: Path) -> None:
+    for text in ('{"text": "a"}\n{"text": "b"}\n', '{"text": "a"}'):
+        (tmp_path / "corpus.json").write_text(text)
+        expected = r"cannot read .*corpus\.json: a \.json file must hold a list of objects; name .* JSON lines \.jsonl"
+        with pytest.raises(ValueError, match=expected):
+            load_text(tmp_path)
+
+
+def test_bad_rows_in_memory_name_their_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, rows in {"a": ["good"], "b": ["good", None, ""], "c": [None, "good"]}.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    assert list(count_bad_rows(load_text(tmp_path))) == ["good"] * 3
+    assert list(count_bad_rows(load_text(tmp_path / "c.jsonl"))) == ["good"]
+    expected = "skipped 3 rows that hold no text: 2 without text, 1 empty; the first in "
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: {expected}{tmp_path / 'b.jsonl'}",
+        f"{tmp_path / 'c.jsonl'}: skipped 1 rows that hold no text: 1 without text",
+    ]
 
 
 def test_bytes_that_are_no_text_spoil_their_row_only(tmp_path: Path) -> None:

@@ -204,6 +204,24 @@ def test_max_tokens_makes_a_pass_shorter(tmp_path: Path) -> None:
     assert [*itertools.chain.from_iterable(take(again, 39))] == ids[21 * 16 :]
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_pass_of_max_tokens_cuts_a_long_document(tmp_path: Path, lanes: int) -> None:
+    rows = [chr(97 + number) * (5 if number < 3 else 9_000) for number in range(6)]
+    source = load_text(write_rows(tmp_path / "a.jsonl", rows))
+    options: dict[str, Any] = {"lanes": lanes, "max_tokens": 90, "shuffle": 0, "length": 6}
+    once = take(stream(source, repeat=False, **options))
+    assert len(once) == 90 // 6
+    assert [token for block in once for token in block].count(END) == (4 if lanes == 1 else 6)
+    expected = take(stream(source, **options), 60)
+    assert expected[:30] == [*once, *once]
+    blocks = stream(source, **options)
+    for position in range(40):  # the middle of the cut document, and the pass behind it
+        resumed = stream(source, **options)
+        resumed.load_state_dict(blocks.state_dict())
+        assert take(resumed, 20) == expected[position : position + 20]
+        take(blocks, 1)
+
+
 def test_a_corpus_of_few_documents_has_as_many_lanes(tmp_path: Path) -> None:
     gap = stream(load_text(write_rows(tmp_path / "gap.jsonl", ["one text of two", None, "the other"])), lanes=16)
     assert gap.settings.lanes == 1  # every second row has text only
@@ -262,7 +280,7 @@ def test_the_generators_of_training_are_left_alone(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     source = corpus(tmp_path)
-    for name, value in {"length": 1, "lanes": 0, "shuffle": -1, "workers": -1, "seed": -1, "max_tokens": -1}.items():
+    for name, value in {"length": 1, "lanes": 0, "shuffle": -1, "workers": -1, "seed": -1, "max_tokens": 0}.items():
         with pytest.raises(ValueError, match=f"{name} is {value}; give"):
             stream(source, **{name: value})
     with pytest.raises(ValueError, match="rank is 2; give 0 to 1"):

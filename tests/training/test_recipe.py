@@ -202,6 +202,24 @@ def test_overrides_reach_what_the_recipe_does_not_name():
     assert override(plain, [], tyro.cli) == plain
 
 
+def test_a_configuration_goes_with_its_source(tmp_path, caplog):
+    plain = load_recipe("gdn-lte-0.4b").data
+    assert plain.config == "sample-100BT"
+    here = overridden("gdn-lte-0.4b", "--data.source corpus/ --data.length 64").data
+    assert here == dataclasses.replace(plain, source="corpus/", config=None, length=64)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "'sample-100BT' is of HuggingFaceFW/fineweb-edu, so it is left out for corpus/" in message
+    for named in ("--data.source o/d --data.config sample-100BT", "--data.source o/d --data.config=sample-100BT"):
+        assert overridden("gdn-lte-0.4b", named).data.config == "sample-100BT"
+    assert overridden("gdn-lte-0.4b", f"--data.source {plain.source} --data.split x").data.config == "sample-100BT"
+    base = 'base = "gdn-lte-0.4b"\n[data]\n'
+    assert load_recipe(write(tmp_path, base + 'source = "corpus/"')).data == dataclasses.replace(
+        plain, source="corpus/", config=None
+    )
+    assert load_recipe(write(tmp_path, base + "length = 64")).data.config == "sample-100BT"
+    assert load_recipe(write(tmp_path, base + 'source = "o/d"\nconfig = "c"')).data.config == "c"
+
+
 def test_every_setting_of_the_model_can_be_overridden():
     plain = load_recipe("needle-lansa")
     config = plain.build_config()

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from holdfast.data.text import PackedText, TextStream, byte_tokenizer, load_text, prepare
 from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, run, train
 from holdfast.training.recipe import OutputSection, TextData, TrainingSection
-from holdfast.training.text_blocks import evaluation_blocks, training_blocks
+from holdfast.training.text_blocks import check_evaluation, evaluation_blocks, training_blocks
 
 SENTENCE = "the kelp holds on to the rock and the rock holds on to the sea. "
 
@@ -188,7 +188,29 @@ def test_which_blocks_a_recipe_gets(corpus, tmp_path) -> None:
     assert all(torch.equal(whole[n]["input_ids"], blocks[n]["input_ids"]) for n in range(len(blocks)))
     first = evaluation_blocks(mapped, tokenizer)
     assert isinstance(first, Subset)
-    assert len(first) == 2
+    assert len(first) == len(validation) == 2
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "validation_tokens"])
+def test_no_tokens_are_refused(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        TextData("corpus", **{name: 0})
+
+
+def test_nobody_evaluates_on_what_was_trained_on(corpus, tmp_path) -> None:
+    recipe = make_recipe(tmp_path, corpus / "train.jsonl", workers=0, validation_split="validation", in_memory=64)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=6))
+    way_out = r"train without evaluations \(--data\.validation-split None\)"
+    with pytest.raises(ValueError, match=rf"train\.jsonl is one file, so its splits 'train' and 'val.*{way_out}"):
+        train(recipe)
+    without = dataclasses.replace(recipe.data, validation_split=None)
+    assert train(dataclasses.replace(recipe, data=without))
+    with pytest.raises(ValueError, match=rf"the splits 'train' and 'train' of .* are one; .*{way_out}"):
+        check_evaluation(TextData(str(corpus), validation_split="train"))
+    for split in ("train", "validation"):
+        prepare(load_text(corpus / "train.jsonl"), tmp_path / "p", byte_tokenizer(), split=split, progress=False)
+    with pytest.raises(ValueError, match=rf"p holds the same text as 'train' and as 'validation': .*{way_out}"):
+        check_evaluation(TextData(str(tmp_path / "p"), validation_split="validation"))
 
 
 def test_a_tokenizer_is_not_trained_on_the_whole_hub(monkeypatch, tmp_path) -> None:

@@ -44,11 +44,24 @@ def run(arguments: Sequence[str]) -> None:
     if not settings.splits:
         raise UsageError("--splits is empty; name at least one.")
 
+    from holdfast.data.prepared import check_target
+    from holdfast.data.sources import LocalText
+    from holdfast.data.splits import check_told_apart
     from holdfast.data.text import load_tokenizer, prepare
 
+    splits = tuple(dict.fromkeys(settings.splits))
+    try:
+        check_told_apart(settings.source, splits, "prepare one of them only (--splits train)")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     quieten_transformers()
     tokenizer = load_tokenizer(settings.tokenizer)
-    sources = {split: settings.open(split) for split in settings.splits}  # a mistake shows before hours of work
+    for split in splits:  # a mistake shows before hours of work
+        check_target(settings.target, split, tokenizer)
+    sources = {split: settings.open(split) for split in splits}
+    for source in sources.values():
+        if isinstance(source, LocalText):
+            source.check()
     for split, source in sources.items():
         written = prepare(source, settings.target, tokenizer, split=split, workers=settings.workers)
         output_console().print(

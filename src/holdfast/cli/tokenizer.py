@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -44,21 +43,10 @@ def run(arguments: Sequence[str]) -> None:
     if (Path(settings.out) / "tokenizer.json").exists():
         raise UsageError(f"{settings.out} holds a tokenizer already; give another directory.")
 
-    from holdfast.data.progress import track
     from holdfast.data.text import train_tokenizer
     from holdfast.files import write_files
 
     quieten_transformers()
-    texts = track(_first(settings.open(settings.split), settings.characters), "reading")
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer = train_tokenizer(settings.open(settings.split), settings.vocab_size, characters=settings.characters)
     write_files(settings.out, tokenizer.save_pretrained)
     output_console().print(f"A tokenizer of {len(tokenizer):,} tokens is in {settings.out}.", soft_wrap=True)
-
-
-def _first(texts: Iterable[Any], characters: int) -> Iterator[Any]:
-    """Rows until there are about as many characters."""
-    for text in texts:
-        yield text
-        characters -= len(text) if isinstance(text, str) else 0
-        if characters <= 0:
-            return

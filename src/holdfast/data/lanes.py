@@ -28,7 +28,8 @@ class LaneSettings:
         length: tokens per block.
         window: blocks that are shuffled among themselves; 1: in the order of the corpus.
         seed: of the shuffling.
-        max_tokens: tokens of the lane after which a pass ends; None: where its part of the corpus ends.
+        max_tokens: tokens of the lane after which a pass ends, in the middle of a document if need be; None: where its
+            part of the corpus ends.
         repeat: whether a pass is followed by another.
     """
 
@@ -136,6 +137,7 @@ class Lane:
             found = False
             for place, tokens in encode_documents(rows, self.tokenizer):
                 found = True
+                tokens = self._cut(tokens, cursor.read)
                 cursor = dataclasses.replace(cursor, place=place)
                 yield cursor, tokens
                 cursor = dataclasses.replace(cursor, skip=0, read=cursor.read + len(tokens))
@@ -149,6 +151,13 @@ class Lane:
             if not settings.repeat:
                 return
             cursor = Cursor(epoch=cursor.epoch + 1)
+
+    def _cut(self, tokens: np.ndarray, read: int) -> np.ndarray:
+        """What a pass that has read so many tokens may take of a document, the end token behind it all the same."""
+        limit = self.settings.max_tokens
+        if limit is None or read + len(tokens) <= limit:
+            return tokens
+        return np.append(tokens[: limit - read - 1], tokens[-1:])
 
 
 class _Packer:

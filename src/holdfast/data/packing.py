@@ -1,6 +1,7 @@
 """Packing token sequences into blocks of one length, held in memory or mapped from a file."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from holdfast.data.progress import track
 from holdfast.data.sources import count_bad_rows
 from holdfast.data.tokenizers import encode_documents
 
-__all__ = ["PackedText", "check_length", "collate_isolated", "make_block", "pack"]
+__all__ = ["PackedText", "check_length", "check_max_tokens", "collate_isolated", "make_block", "pack"]
 
 IGNORED = -100  # the label that transformers' losses leave out
 
@@ -63,19 +64,24 @@ class PackedText(Dataset):
             tokenizer: gives the end token between documents.
             length: tokens per block L.
             isolate: see `__getitem__`.
-            max_tokens: stop reading after about as many tokens; None reads everything.
+            max_tokens: keep the first blocks, as few as hold so many tokens, and read no further; the last document
+                is cut there. None: all.
             progress: show a progress bar when standard error is a terminal.
 
         Raises:
-            ValueError: the tokenizer has no end token, or there is not enough text for one block.
+            ValueError: the tokenizer has no end token, `max_tokens` is below 1, or there is not enough text for one
+                block.
         """
-        rows = ((None, text) for text in count_bad_rows(track(texts, "tokenizing", progress=progress)))
+        check_max_tokens(max_tokens)
+        limit = math.inf if max_tokens is None else math.ceil(max_tokens / length) * length
+        count = len(texts) if isinstance(texts, Sized) else None
+        rows = ((None, text) for text in track(count_bad_rows(texts), "tokenizing", total=count, progress=progress))
         pieces: list[np.ndarray] = []
         total = 0
         for _, document in encode_documents(rows, tokenizer):
-            pieces.append(document)
-            total += len(document)
-            if max_tokens is not None and total >= max_tokens:
+            pieces.append(document[: min(len(document), limit - total)])
+            total += len(pieces[-1])
+            if total == limit:
                 break
         return _join(pieces, length, isolate)
 
@@ -101,6 +107,12 @@ def check_length(length: int) -> None:
     """Raise ValueError when `length` is too short for a block."""
     if length < 2:
         raise ValueError(f"length is {length}; give at least 2, for a token to predict and one to predict it from.")
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raise ValueError when a limit on the tokens leaves none."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; give 1 or more, or None for all.")
 
 
 def make_block(tokens: np.ndarray, starts: np.ndarray | Sequence[int], *, isolate: bool) -> dict[str, torch.Tensor]:

@@ -13,12 +13,12 @@ transformers saves it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerFast
 
 from holdfast.data.packing import PackedText
+from holdfast.data.processes import in_processes
 from holdfast.data.progress import track
 from holdfast.data.sources import TextSource, describe_skipped, logger, usable
 from holdfast.data.tokenizers import encode_documents, fingerprint
 from holdfast.files import naming, replacing, write_files, write_json
 
-__all__ = ["PreparedSplit", "is_prepared", "open_prepared", "prepare"]
+__all__ = ["PreparedSplit", "check_target", "is_prepared", "open_prepared", "prepare"]
 
 FORMAT = 1
 CHECKED = 1 << 30  # bytes of a split that are read through when it is opened
@@ -67,7 +68,8 @@ def prepare(
 ) -> PreparedSplit:
     """Tokenize a corpus into a directory that `open_prepared` reads; other splits may stand in it already.
 
-    Each worker writes one shard. Memory O(workers), whatever the size of the corpus.
+    Each worker writes one shard. Memory O(workers), whatever the size of the corpus. Shards that an attempt has left
+    which did not come to its end are removed, here if it can be and else by the next attempt.
 
     Args:
         source: the corpus, from `load_text`.
@@ -78,28 +80,64 @@ def prepare(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
-        ValueError: the corpus cannot be read or holds no text, or the directory holds this split already, or another
-            split with another tokenizer.
+        ValueError: the corpus cannot be read or holds no text; or as `check_target` does.
+        RuntimeError: a worker was killed, for want of memory perhaps.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; give 1 or more.")
     target = Path(directory)
-    _check_target(target, split, tokenizer)
+    check_target(target, split, tokenizer)
     target.mkdir(parents=True, exist_ok=True)
-    tasks = [(source, target, tokenizer, split, part, workers) for part in range(workers)]
-    if workers == 1:
-        shards = [_write_shard(*tasks[0], progress=progress)]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            futures = [pool.submit(_write_shard, *task, progress=False) for task in tasks]
-            shards = [future.result() for future in track(futures, "shards", total=workers, progress=progress)]
-    skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())
-    if skipped:
-        logger.warning("%s: %s", source.name, describe_skipped(skipped))
-    shards = [shard for shard in shards if shard["tokens"]]
-    if not shards:
-        raise ValueError(f"{source.name} holds no text.")
-    write_files(target, tokenizer.save_pretrained)
+    _discard_shards(target, split)
+    try:
+        shards = _write_shards(source, target, tokenizer, split, workers, progress)
+        skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())
+        if skipped:
+            logger.warning("%s: %s", source.name, describe_skipped(skipped))
+        shards = [shard for shard in shards if shard["tokens"]]
+        if not shards:
+            raise ValueError(f"{source.name} holds no text.")
+        write_files(target, tokenizer.save_pretrained)
+        _describe(source, target, tokenizer, split, shards, skipped)
+    except BaseException:  # an interruption too
+        _discard_shards(target, split)
+        raise
+    tokens = sum(shard["tokens"] for shard in shards)
+    size = tokens * _dtype(tokenizer).itemsize
+    return PreparedSplit(tokens, sum(shard["documents"] for shard in shards), size, dict(skipped))
+
+
+def check_target(directory: str | Path, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise where `prepare` could not write this split.
+
+    Raises:
+        ValueError: the directory holds this split already, or another split with another tokenizer; it is no directory;
+            the split's name is none for a file; or the tokenizer has no end token.
+    """
+    target = Path(directory)
+    if not split.isidentifier():
+        raise ValueError(f"split is {split!r}; give a name of letters, digits and underscores.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token.")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; give a directory.")
+    if is_prepared(target, split):
+        raise ValueError(f"{target} holds a prepared split {split!r} already; remove it, or give another directory.")
+    for path in target.glob("*-00000.tokens.bin"):
+        other = path.name.removesuffix("-00000.tokens.bin")
+        if is_prepared(target, other) and read_description(target, other)["tokenizer"] != fingerprint(tokenizer):
+            raise ValueError(f"{target} holds the split {other!r} with another tokenizer; give another directory.")
+
+
+def _describe(
+    source: TextSource,
+    target: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    shards: list[dict[str, Any]],
+    skipped: collections.Counter[str],
+) -> None:
+    """Write the description, by which the split is whole."""
     description = {
         "format": FORMAT,
         "dtype": _dtype(tokenizer).name,
@@ -111,9 +149,6 @@ def prepare(
         "shards": shards,
     }
     write_json(target / f"{split}.json", description)
-    tokens = sum(shard["tokens"] for shard in shards)
-    size = tokens * _dtype(tokenizer).itemsize
-    return PreparedSplit(tokens, sum(shard["documents"] for shard in shards), size, dict(skipped))
 
 
 def is_prepared(directory: str | Path, split: str | None = None) -> bool:
@@ -158,39 +193,47 @@ def open_prepared(
     return ConcatDataset(parts)
 
 
-def _check_target(target: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    if not split.isidentifier():
-        raise ValueError(f"split is {split!r}; give a name of letters, digits and underscores.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token.")
-    if is_prepared(target, split):
-        raise ValueError(f"{target} holds a prepared split {split!r} already; remove it, or give another directory.")
-    for path in target.glob("*-00000.tokens.bin"):
-        other = path.name.removesuffix("-00000.tokens.bin")
-        if is_prepared(target, other) and read_description(target, other)["tokenizer"] != fingerprint(tokenizer):
-            raise ValueError(f"{target} holds the split {other!r} with another tokenizer; give another directory.")
-
-
 def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
 
 
+def _discard_shards(target: Path, split: str) -> None:
+    """Remove what an attempt has left that did not come to its end, temporary files among them (`replacing`)."""
+    for pattern in (f"{split}-*.tokens.bin", f"{split}-*.starts.bin", f".{split}-*.bin"):
+        for path in target.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _write_shards(
+    source: TextSource, target: Path, tokenizer: PreTrainedTokenizerFast, split: str, workers: int, progress: bool
+) -> list[dict[str, Any]]:
+    """What `_write_shard` returns, of one part of the corpus for each worker."""
+    tasks = [(source, target, tokenizer, split, part, workers) for part in range(workers)]
+    shards: list[dict[str, Any]] = []
+
+    def documents() -> Generator[None, None, None]:
+        if workers == 1:
+            shards.append((yield from _write_shard(*tasks[0])))
+        else:
+            shards.extend((yield from in_processes(_write_shard, tasks)))
+
+    with contextlib.closing(documents()) as done:
+        for _ in track(done, f"{split}: documents", progress=progress):
+            pass
+    return shards
+
+
 def _write_shard(
-    source: TextSource,
-    target: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    split: str,
-    part: int,
-    parts: int,
-    *,
-    progress: bool,
-) -> dict[str, Any]:
-    """Tokenize one part of the corpus; returns its entry in the description, and what it skipped."""
+    source: TextSource, target: Path, tokenizer: PreTrainedTokenizerFast, split: str, part: int, parts: int
+) -> Generator[None, None, dict[str, Any]]:
+    """Tokenize one part of the corpus; returns its entry in the description, and what it skipped.
+
+    Yields None for every document that is written.
+    """
     if parts > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     name, dtype = f"{split}-{part:05d}", _dtype(tokenizer)
     skipped: collections.Counter[str] = collections.Counter()
-    documents = encode_documents(usable(source.rows(part, parts), skipped), tokenizer)
     total = count = 0
     checksums = [0, 0]
     with (
@@ -200,7 +243,7 @@ def _write_shard(
         open(tokens_path, "wb") as tokens_file,
         open(starts_path, "wb") as starts_file,
     ):
-        for _, tokens in track(documents, f"{split}: documents", progress=progress):
+        for _, tokens in encode_documents(usable(source.rows(part, parts), skipped), tokenizer):
             for number, (file, data) in enumerate(
                 ((tokens_file, tokens.astype(dtype).tobytes()), (starts_file, total.to_bytes(8, "little")))
             ):
@@ -208,6 +251,7 @@ def _write_shard(
                 checksums[number] = zlib.crc32(data, checksums[number])
             total += len(tokens)
             count += 1
+            yield
     return {"name": name, "tokens": total, "documents": count, "crc32": checksums, "skipped": dict(skipped)}
 
 

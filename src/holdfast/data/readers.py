@@ -20,6 +20,7 @@ __all__ = ["ENDINGS", "BadRow", "Reader", "no_column", "reader_of"]
 
 BUFFER = 1 << 20  # bytes
 ROWS_AT_ONCE = 256  # of a parquet file
+NO_LIST = "a .json file must hold a list of objects; name a file of JSON lines .jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Reader:
 
 
 def reader_of(path: Path) -> Reader | None:
-    """The reader for a file of this name, None if there is none."""
-    return next((reader for ending, reader in READERS.items() if path.name.endswith(ending)), None)
+    """The reader for a file of this name, None if there is none. Endings count in any case: `BOOK.TXT`."""
+    return next((reader for ending, reader in READERS.items() if path.name.lower().endswith(ending)), None)
 
 
 def no_column(column: str, columns: Iterable[str]) -> str:
@@ -92,9 +93,10 @@ def _lines(path: Path, column: str, place: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
+    ending = path.suffix.lower()
+    if ending == ".gz":
         return gzip.open(path)
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER)
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd" if ending == ".zst" else None), BUFFER)
 
 
 def _move(file: Any, place: int) -> None:
@@ -113,6 +115,8 @@ def _line_text(line: bytes, column: str) -> Any:
         return BadRow("not valid UTF-8")
     except ValueError:
         return BadRow("not valid JSON")
+    except RecursionError:
+        return BadRow("nested too deeply")
     return _field(row, column)
 
 
@@ -121,9 +125,16 @@ def _field(row: Any, column: str) -> Any:
 
 
 def _json_rows(path: Path, column: str, place: int) -> Iterator[tuple[int, Any]]:
-    rows = json.loads(path.read_bytes())
+    try:
+        rows = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # behind the first row
+            raise ValueError(f"{NO_LIST} ({error})") from error
+        raise
+    except RecursionError as error:
+        raise ValueError("a row is nested too deeply; in a file of JSON lines (.jsonl) it would be skipped") from error
     if not isinstance(rows, list):
-        raise ValueError("a .json file must hold a list of objects; name a file of JSON lines .jsonl")
+        raise ValueError(NO_LIST)
     yield from enumerate(rows[place:], place)
 
 

@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import logging
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from holdfast.data.readers import ENDINGS, BadRow, no_column, reader_of
+from holdfast.data.splits import files_of_split
 
 __all__ = [
     "HubText",
@@ -28,11 +28,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 USUAL_FOLDERS = ("data", "datasets", "corpora", "corpus")
 """That hold text on a disk and are no owner of data sets that anyone would mean."""
 ROWS_TO_FIND_THE_COLUMN = 100
@@ -80,9 +75,9 @@ def load_text(
     Args:
         path_or_hub_name: a .parquet, .jsonl or .json file (one document per row) or a .txt file (one document),
             .jsonl and .txt also as .gz or .zst; a directory of them, at any depth; or the name of a data set.
-        split: a file is read whole, whatever its name. In a directory, the files are read whose path names this split
-            (`train.parquet`, `data/train-00000-of-00004.parquet`); where no name tells a split, all are `train`. On the
-            hub it is a split of that data set.
+        split: a file is read whole, whatever its name. In a directory, the files are read whose path tells this split
+            (`train.parquet`, `validation/17.txt`; the rule is that of `holdfast.data.splits`); where no path tells a
+            split, all are `train`. On the hub it is a split of that data set.
         text_column: the column that holds the text.
         config: configuration of a hub data set, such as `sample-100BT`.
 
@@ -116,7 +111,7 @@ def _looks_local(name: str) -> bool:
     """Whether a name at which nothing lies is that of a path, and not of a data set on the hub: `owner/name`."""
     path = Path(name).expanduser()
     if (
-        path.name.endswith(ENDINGS)
+        path.name.lower().endswith(ENDINGS)
         or name.startswith(("/", ".", "~"))
         or name.endswith("/")
         or name.strip("/").count("/") > 1
@@ -157,6 +152,17 @@ class LocalText:
     def fingerprint(self) -> str:
         listing = json.dumps([(path.name, path.stat().st_size) for path in self.paths])
         return f"{len(self.paths)} files, {self.size} bytes, {zlib.crc32(listing.encode()):08x}"
+
+    def check(self) -> None:
+        """Begin to read every file, so that one that cannot be read shows before hours of work.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        for path in self.paths:
+            reader = reader_of(path)
+            assert reader is not None
+            next(_naming(path, reader.rows(path, self.column, 0)), None)
 
     def rows(self, part: int = 0, parts: int = 1, start: Any = None) -> Iterator[tuple[Any, Any]]:
         first, place, row = start or (0, 0, 0)
@@ -236,14 +242,23 @@ def usable(rows: Iterable[tuple[Any, Any]], skipped: collections.Counter[str]) -
 
 
 def count_bad_rows(texts: Iterable[Any]) -> Iterator[str]:
-    """The texts among `texts`; says once, at the end, how many were no text and why."""
+    """The texts among `texts`; says once, at the end, how many were no text and why, and where if it is a corpus."""
+    rows = texts.rows() if isinstance(texts, LocalText | HubText) else ((None, text) for text in texts)
     skipped: collections.Counter[str] = collections.Counter()
+    first: Any = None
     try:
-        for _, text in usable(((None, text) for text in texts), skipped):
-            yield text
+        for place, value in rows:
+            fault = _fault(value)
+            if fault is None:
+                yield value
+            else:
+                skipped[fault] += 1
+                first = first or place
     finally:  # also when the reader had enough and stopped early
         if skipped:
-            logger.warning("%s", describe_skipped(skipped))
+            corpus = "" if first is None else f"{texts.name}: "  # type: ignore[attr-defined]
+            file = f"; the first in {texts.paths[first[0]]}" if isinstance(texts, LocalText) and texts.files > 1 else ""
+            logger.warning("%s%s%s", corpus, describe_skipped(skipped), file)
 
 
 def describe_skipped(skipped: collections.Counter[str]) -> str:
@@ -269,28 +284,11 @@ def _fault(text: Any) -> str | None:
 
 
 def _local_files(path: Path, split: str) -> list[Path]:
-    if path.is_file():
-        if reader_of(path) is None:
-            raise ValueError(f"{path} is of an unknown type; give a {', '.join(ENDINGS)} file.")
-        return [path]
-    found = sorted(file for file in path.rglob("*") if reader_of(file) is not None and file.is_file())
-    if not found:
-        raise ValueError(f"{path} holds no text files; give a directory of {', '.join(ENDINGS)} files.")
-    splits = {file: _split_of(file.relative_to(path)) for file in found}
-    if not any(splits.values()):
-        splits = dict.fromkeys(found, "train")
-    chosen = [file for file in found if splits[file] == split]
-    if not chosen:
-        known = ", ".join(sorted({name for name in splits.values() if name}))
-        raise ValueError(f"cannot read {path} (split {split}): its file names tell the splits {known} only.")
-    return chosen
-
-
-def _split_of(path: Path) -> str | None:
-    """The split that a relative path names, the last one named if there are several."""
-    words = re.split(r"[^a-z]+", str(path).lower())
-    named = [split for word in words for split, aliases in SPLITS.items() if word in aliases]
-    return named[-1] if named else None
+    if path.is_dir():
+        return files_of_split(path, split)
+    if reader_of(path) is None:
+        raise ValueError(f"{path} is of an unknown type; give a {', '.join(ENDINGS)} file.")
+    return [path]
 
 
 def _check_column(path: Path, column: str) -> None:
@@ -311,7 +309,7 @@ def _names(row: Any) -> list[str]:
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     return list(row) if isinstance(row, dict) else []
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from holdfast.data.lanes import Block, Cursor, Lane, LaneSettings
-from holdfast.data.packing import check_length, make_block
+from holdfast.data.packing import check_length, check_max_tokens, make_block
 from holdfast.data.sources import TextSource, describe_skipped, usable
 from holdfast.data.tokenizers import fingerprint
 
@@ -58,7 +58,8 @@ class TextStream(IterableDataset):
         lanes: parts that the corpus is read in; fewer where it has fewer documents. At most as many processes and
             workers can read at once, and it must be a multiple of the number of processes. The order of the blocks
             depends on it. A corpus of fewer files than lanes is read by every lane in full.
-        max_tokens: about as many tokens of the corpus are read, and then again; None: all.
+        max_tokens: as many tokens of the corpus are read (the same number in each lane), and then again; documents are
+            cut for it. None: all.
         repeat: whether the stream goes on when the corpus ends. If not, lanes leave as they end, and the rest of each
             that does not fill a block is left out; processes may then get different numbers of blocks.
         workers: processes that read and tokenize; 0: this one.
@@ -86,9 +87,10 @@ class TextStream(IterableDataset):
     ) -> None:
         check_length(length)
         least = {"seed": (seed, 0), "shuffle": (shuffle, 0), "lanes": (lanes, 1), "workers": (workers, 0)}
-        for name, (value, lowest) in (least | {"max_tokens": (max_tokens or 1, 1)}).items():
+        for name, (value, lowest) in least.items():
             if value < lowest:
                 raise ValueError(f"{name} is {value}; give {lowest} or more.")
+        check_max_tokens(max_tokens)
         lanes = _count_lanes(source, lanes)
         if source.files < lanes and os.environ.get("RANK", "0") == "0":  # said once, however many processes train
             logger.warning(

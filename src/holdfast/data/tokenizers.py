@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from holdfast.data.progress import track
 from holdfast.data.sources import count_bad_rows
 
 __all__ = ["byte_tokenizer", "encode_documents", "fingerprint", "load_tokenizer", "train_tokenizer"]
@@ -48,7 +50,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _finish(tokenizer)
 
 
-def train_tokenizer(texts: Iterable[Any], vocab_size: int, *, progress: bool = True) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[Any], vocab_size: int, *, characters: int | None = None, progress: bool = True
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; save it with `save_pretrained`. Rows that are no text are skipped.
 
     Ids: 0 pad, 1 bos, 2 eos, then the 256 bytes, then the merges. Loses nothing, whatever the text.
@@ -56,10 +60,11 @@ def train_tokenizer(texts: Iterable[Any], vocab_size: int, *, progress: bool = T
     Args:
         texts: documents to learn from.
         vocab_size: number of ids, special tokens included; fewer when the texts have no more to merge.
+        characters: read the first documents, until they have so many; None: all.
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes and the special tokens.
+        ValueError: `vocab_size` has no room for the bytes and the special tokens, or there is no text.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -72,7 +77,11 @@ def train_tokenizer(texts: Iterable[Any], vocab_size: int, *, progress: bool = T
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress and sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(count_bad_rows(texts), trainer)
+    rows = track(_first(count_bad_rows(texts), characters), "reading", progress=progress)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{getattr(texts, 'name', 'the corpus')} holds no text to train a tokenizer on.")
+    tokenizer.train_from_iterator(itertools.chain([first], rows), trainer)
     return _finish(tokenizer)
 
 
@@ -102,6 +111,16 @@ def encode_documents(
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything that decides which tokens a text becomes."""
     return hashlib.sha256(_bare(tokenizer).to_str().encode()).hexdigest()
+
+
+def _first(texts: Iterable[str], characters: int | None) -> Iterator[str]:
+    """Texts until there are about as many characters."""
+    read = 0
+    for text in texts:
+        yield text
+        read += len(text)
+        if characters is not None and read >= characters:
+            return
 
 
 def _bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

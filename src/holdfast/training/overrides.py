@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from typing import Any, get_type_hints
 
 from holdfast.configuration import DEFAULT_MIXERS, DEFAULT_OPTIONS, HybridConfig
 from holdfast.mixers import MIXERS, MixerOptions
-from holdfast.training.recipe import Recipe
+from holdfast.training.recipe import NeedleData, Recipe, TextData
+
+logger = logging.getLogger(__name__)
 
 
 def override(recipe: Recipe, arguments: Sequence[str], parse: Callable[..., Any]) -> Recipe:
@@ -19,7 +22,7 @@ def override(recipe: Recipe, arguments: Sequence[str], parse: Callable[..., Any]
     A recipe holds the model's settings as a mapping of those that it names. Here they become a dataclass of all that
     `HybridConfig` and the mixers know, so that each has its type, its help text and its place in error messages; only
     what was changed goes back. Options of a mixer that the changes bring in start from the library's defaults, those
-    of a mixer that they take out are dropped.
+    of a mixer that they take out are dropped; so is the configuration of a data set that they replace, with a warning.
 
     Args:
         recipe: a whole recipe.
@@ -39,9 +42,24 @@ def override(recipe: Recipe, arguments: Sequence[str], parse: Callable[..., Any]
     known = {name: inherited.get(name, DEFAULT_OPTIONS.get(name, {})) | options.get(name, {}) for name in options}
     kept = {name: values for name, values in (inherited | known).items() if name in after.model.mixers}
     sections = {field.name: getattr(after, field.name) for field in dataclasses.fields(Recipe)}
+    sections["data"] = _without_old_config(recipe.data, after.data, arguments)
     result = Recipe(**(sections | {"model": model | {"mixer_options": kept}}))
     result.build_config()
     return result
+
+
+def _without_old_config(before: NeedleData | TextData, after: Any, arguments: Sequence[str]) -> Any:
+    """The data `after` the changes, without the configuration of another source unless the changes name it."""
+    if not isinstance(before, TextData) or not isinstance(after, TextData):
+        return after
+    named = any(argument.split("=")[0] == "--data.config" for argument in arguments)
+    if before.config is None or before.source == after.source or named:
+        return after
+    logger.warning(
+        "data.config %r is of %s, so it is left out for %s (--data.config gives another).",
+        *(before.config, before.source, after.source),
+    )
+    return dataclasses.replace(after, config=None)
 
 
 def _typed(recipe: Recipe, arguments: Sequence[str]) -> Any:

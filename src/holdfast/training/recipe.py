@@ -50,19 +50,20 @@ class TextData:
     streamed), or a directory that `holdfast prepare` wrote, which brings its own tokenizer."""
     kind: Literal["text"] = "text"
     config: str | None = None
-    """Configuration of a data set on the hub, such as sample-100BT."""
+    """Configuration of a data set on the hub, such as sample-100BT. It goes with its source: another source, on the
+    command line or in a recipe with a base, has none unless it is named too."""
     split: str = "train"
     validation_split: str | None = None
     """Split for evaluations during training; None: none are made."""
     validation_tokens: int | None = 131_072
-    """Read about as many tokens of that split, so that an evaluation stays short; None: all."""
+    """Read the first blocks of that split with so many tokens, so that an evaluation stays short; None: all."""
     column: str = "text"
     tokenizer: str = "byte"
     """"byte", "train" (a byte-level BPE of model.vocab_size, learned from the text), a directory, or a hub name."""
     length: int = 512
     """Tokens per block."""
     max_tokens: int | None = None
-    """Read about as many tokens and no more; None: all."""
+    """Read the first blocks with so many tokens and no more, cutting a longer document; None: all."""
     isolate: bool = False
     """Whether documents packed into one block are kept from seeing each other."""
     in_memory: int = 64
@@ -75,9 +76,11 @@ class TextData:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}.")
-        for name, least in (("in_memory", 0), ("shuffle", 0), ("lanes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        least = {"in_memory": 0, "shuffle": 0, "lanes": 1, "max_tokens": 1, "validation_tokens": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -284,10 +287,15 @@ def _find(path_or_name: str | Path) -> tuple[str, str]:
 
 
 def _overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, table by table; a table of another `kind` replaces the base's, as do options of mixers."""
+    """`changes` over `base`, table by table; a table of another `kind` replaces the base's, as do options of mixers.
+
+    Nor is the `config` of one `source` that of another.
+    """
     if "kind" in changes and changes["kind"] != base.get("kind"):
         return dict(changes)
     merged = dict(base)
+    if changes.get("source", base.get("source")) != base.get("source"):
+        merged.pop("config", None)
     for key, value in changes.items():
         inherited = merged.get(key)
         both_tables = isinstance(inherited, Mapping) and isinstance(value, Mapping)

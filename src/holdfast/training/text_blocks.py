@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from holdfast.data.prepared import read_description
 from holdfast.data.sources import LocalText
+from holdfast.data.splits import check_told_apart
 from holdfast.data.text import (
     PackedText,
     TextSource,
@@ -55,7 +56,12 @@ def training_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast, *, seed:
 
 
 def evaluation_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast) -> Dataset | None:
-    """The first blocks of the validation split, in memory or mapped; None where `data` names no such split."""
+    """The first blocks of the validation split, in memory or mapped; None where `data` names no such split.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_evaluation`, `load_text`, `open_prepared` and `PackedText` do.
+    """
+    check_evaluation(data)
     if data.validation_split is None:
         return None
     if is_prepared(data.source):
@@ -67,6 +73,24 @@ def evaluation_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast) -> Dat
         isolate=data.isolate,
         max_tokens=data.validation_tokens,
     )
+
+
+def check_evaluation(data: TextData) -> None:
+    """Raise where `data` would evaluate on the text that it trains on. Takes no time.
+
+    Raises:
+        FileNotFoundError: prepared text lacks one of the splits.
+        ValueError: naming the source and the ways out.
+    """
+    if data.validation_split is None:
+        return
+    way_out = "train without evaluations (--data.validation-split None)"
+    check_told_apart(data.source, (data.split, data.validation_split), way_out)
+    if is_prepared(data.source) and _contents(data, data.split) == _contents(data, data.validation_split):
+        raise ValueError(
+            f"{data.source} holds the same text as {data.split!r} and as {data.validation_split!r}: prepare them of "
+            f"different files, or {way_out}."
+        )
 
 
 def identify(blocks: Dataset, data: TextData) -> dict[str, int] | None:
@@ -100,6 +124,11 @@ def own_tokenizer(data: TextData, vocab_size: int) -> PreTrainedTokenizerFast:
 
 def _open(data: TextData, split: str) -> TextSource:
     return load_text(data.source, split=split, text_column=data.column, config=data.config)
+
+
+def _contents(data: TextData, split: str) -> list[list[int]]:
+    """Checksums of the shards of a prepared split."""
+    return [shard["crc32"] for shard in read_description(Path(data.source), split)["shards"]]
 
 
 def _prepared(data: TextData, split: str, max_tokens: int | None) -> Dataset:
