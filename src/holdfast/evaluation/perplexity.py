@@ -231,7 +231,7 @@ def _result(records: Sequence[Mapping[str, Any]], edges: np.ndarray) -> Perplexi
     tokens = np.sum([record["tokens"] for record in records], axis=0, dtype=np.int64)
     if not tokens.sum():
         raise ValueError("the blocks hold no token to predict; give blocks of 2 tokens or more with labels.")
-    nll = np.sum([record["nll"] for record in records], axis=0)
+    nll = np.asarray([record["nll"] for record in records]).sum(axis=0)
     bins = tuple(
         PositionBin(start, stop, count, total / count if count else None)
         for (start, stop), count, total in zip(
