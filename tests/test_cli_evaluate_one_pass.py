@@ -38,7 +38,9 @@ def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pyte
             byte_tokenizer().save_pretrained(folder / name)
         else:
             (folder / name / "recipe.toml").write_text(recipe)
-    documents = [{"text": f"Chapter {n}. " + "It was the best of times, it was the worst of times. " * n} for n in (1, 2)]
+    documents = [
+        {"text": f"Chapter {n}. " + "It was the best of times, it was the worst of times. " * n} for n in (1, 2)
+    ]
     (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents * 4))
     (folder / "other.txt").write_text("All happy families are alike; every unhappy family is unhappy. " * 20)
     return folder
