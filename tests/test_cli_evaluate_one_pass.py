@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
@@ -248,6 +252,31 @@ def test_perplexity_by_document(models: Path, tmp_path: Path) -> None:
     expected = evaluate_perplexity(model, blocks, max_blocks=9, batch_size=4, progress=False)
     assert found["models"]["text"] == expected.to_dict()
     assert expected.tokens < 9 * 47  # documents start inside
+
+
+def test_the_bar_has_a_total(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int | None] = []
+
+    def watched(items: Any, description: str, *, total: int | None = None, progress: bool = True) -> Any:
+        totals.append(total)
+        return items
+
+    monkeypatch.setattr("holdfast.evaluation.perplexity.track", watched)
+    assert main(["evaluate", *command(models, "perplexity")]) == 0
+    assert totals == [3]
+
+
+def test_text_need_not_be_english(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letters = {word: number for number, word in enumerate(["[UNK]", "[EOS]", "A", "C", "G", "T"])}
+    backend = Tokenizer(WordLevel(letters, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
+    folder = tmp_path / "genes"
+    HybridForCausalLM.from_pretrained(models / "text").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "genes.txt").write_text("G A T T A C A " * 50)
+    assert main(["evaluate", "perplexity", str(folder), "--data", str(tmp_path / "genes.txt")]) == 0
+    assert "cannot write 'The key is 7.'" in refused(capsys, "needle", str(folder), "--length", "60")
 
 
 def test_a_model_is_built_once_to_be_checked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

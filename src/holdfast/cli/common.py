@@ -134,8 +134,8 @@ def read_task(directory: Path, **changes: Any) -> NeedleTask:
     known = HybridConfig.from_pretrained(directory).vocab_size
     if task.vocab_size > known:
         raise UsageError(
-            f"The task in {recipe} has {task.vocab_size} token ids, and the model knows {known}; copy the recipe of the "
-            "model's own run there."
+            f"The task in {recipe} has {task.vocab_size} token ids, and the model knows {known}; copy the recipe of "
+            "the model's own run there."
         )
     return task
 

@@ -83,7 +83,7 @@ def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
 def _text(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     if not reads_text(directory):
         raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text; try --needle.")
-    tokenizer = read_text_models([directory])[directory]
+    tokenizer = read_text_models([directory], english=False)[directory]
     ids = tokenizer(_read(settings), return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise UsageError("The text is empty; give at least one character.")

@@ -228,7 +228,7 @@ def _record(position: np.ndarray, targets: np.ndarray, nll: np.ndarray, *, edges
 
 
 def _result(records: Sequence[Mapping[str, Any]], edges: np.ndarray) -> PerplexityResult:
-    tokens = np.sum([record["tokens"] for record in records], axis=0, dtype=np.int64)
+    tokens = np.asarray([record["tokens"] for record in records], dtype=np.int64).sum(axis=0)
     if not tokens.sum():
         raise ValueError("the blocks hold no token to predict; give blocks of 2 tokens or more with labels.")
     nll = np.asarray([record["nll"] for record in records]).sum(axis=0)

@@ -65,7 +65,7 @@ class Perplexity:
         from holdfast.evaluation.perplexity import evaluate_perplexity
 
         directory = model_directory(self.model)
-        tokenizers = read_text_models([directory])
+        tokenizers = read_text_models([directory], english=False)
         length = block_length([directory], self.length, self.beyond)
         text = TextBlocks(self.data, self.split, self.column, self.config, length, self.max_blocks, self.isolate)
         blocks = text.read(tokenizers[directory], directory)

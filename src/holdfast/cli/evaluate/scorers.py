@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import error_console, model_directory, output_console, read_model, read_task
+from holdfast.cli.common import error_console, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_picture, open_log, read_text_models, refuse_lengths, require_positive
+from holdfast.cli.evaluate.common import (
+    check_picture,
+    model_directories,
+    open_log,
+    read_text_models,
+    refuse_lengths,
+    require_positive,
+)
 from holdfast.cli.evaluate.perplexity import TextBlocks, block_length
 from holdfast.files import write_json
 
@@ -45,7 +52,7 @@ class Scorers:
     samples: int = 256
     """Samples of the needle task."""
     data: str | None = None
-    """Text: a file (parquet, jsonl, json, txt), a directory of them, or a data set on the hub."""
+    """Text: a file (parquet, jsonl, json, txt), a directory of them or of prepared text, or a data set on the hub."""
     split: str = "validation"
     """Split of the text."""
     length: int | None = None
@@ -75,13 +82,11 @@ class Scorers:
         from holdfast.data.progress import track
         from holdfast.evaluation.scorers import SCORERS, compare_scorers
 
-        if not self.models:
-            raise UsageError("Give at least one model directory: `holdfast evaluate scorers MODEL_DIR`.")
+        directories = list(dict.fromkeys(model_directories(self.models, "scorers")))  # none counts twice
         scorers = tuple(dict.fromkeys(self.scorers or SCORERS))
         if unknown := [name for name in scorers if name not in SCORERS]:
             raise UsageError(f"No scorer is named {unknown[0]}; there are {', '.join(SCORERS)}.")
         budgets = tuple(dict.fromkeys(self.budgets))
-        directories = [model_directory(name) for name in self.models]
         # What does not fit is refused before the first is measured.
         scorers = self._fitting(scorers, budgets, directories)
         text = self._text(directories)
@@ -98,9 +103,9 @@ class Scorers:
                 values[scorer][budget].append(value)
         trained = _trained_networks(directories)
         named = {f"{name} ({trained})" if name == "trained" else name: found for name, found in values.items()}
-        table = self._show(named)
+        table = self._show(named, len(directories))
         if self.json is not None:
-            write_json(self.json, self._record(values, trained, text))
+            write_json(self.json, self._record(directories, values, trained, text))
         if self.plot is not None:
             from holdfast.evaluation.scorers import plot_comparison
 
@@ -160,17 +165,17 @@ class Scorers:
         from holdfast.evaluation.perplexity import block_digest
 
         measures: dict[Path, Measure] = {}
-        for directory, tokenizer in read_text_models(directories).items():
+        for directory, tokenizer in read_text_models(directories, english=False).items():
             packed = text.read(tokenizer, directory)
             blocks = [packed[index] for index in range(min(len(packed), self.max_blocks))]
             determining = {"blocks": [block_digest(block) for block in blocks], "seed": self.seed}
             measures[directory] = (functools.partial(_perplexity, blocks), determining)
         return measures
 
-    def _show(self, values: Values) -> Table:
+    def _show(self, values: Values, models: int) -> Table:
         title = f"{self._what}, by slots per head"
-        if len(self.models) > 1:
-            title += f"; mean of {len(self.models)} models"
+        if models > 1:
+            title += f"; mean of {models} models"
         table = Table(title=title)
         table.add_column("scorer", no_wrap=True)
         for budget in next(iter(values.values())):
@@ -181,12 +186,14 @@ class Scorers:
         output_console().print(table)
         return table
 
-    def _record(self, values: Values, trained: str, text: TextBlocks | None) -> Mapping[str, Any]:
+    def _record(
+        self, directories: Sequence[Path], values: Values, trained: str, text: TextBlocks | None
+    ) -> Mapping[str, Any]:
         from holdfast.machine import describe_machine
 
         return {
             "measure": self._what,
-            "models": ["/".join(Path(name).resolve().parts[-2:]) for name in self.models],
+            "models": ["/".join(directory.resolve().parts[-2:]) for directory in directories],
             "trained": trained,
             "samples": self.samples if text is None else None,
             "text": None if text is None else text.to_dict(),
