@@ -213,9 +213,12 @@ def test_train_evaluate_and_ask(recipe: str, tmp_path: Path, capsys: pytest.Capt
     argv = ["evaluate", "needle", str(run), "--samples", "20", "--pairs", "2", "--length", "48", "--window", "30"]
     assert main([*argv, "--json", str(numbers), "--plot", str(picture)]) == 0
     assert "beyond the window" in capsys.readouterr().out
-    written = json.loads(numbers.read_text())["tiny"]
+    written = json.loads(numbers.read_text())
     assert written["machine"]["packages"]["torch"]
-    result = NeedleResult.from_dict(written)
+    assert written["settings"] == {
+        "samples": 20, "length": 48, "num_pairs": 2, "num_queries": None, "window": 30, "seed": 0, "dtype": "float32"
+    }  # fmt: skip
+    result = NeedleResult.from_dict(written["models"]["tiny"])
     expected = NeedleTask(length=48, num_pairs=2, num_keys=8, num_values=8, num_noise=8, window=30)
     assert (result.task, result.samples, result.total.count) == (expected, 20, 40)
     assert picture.stat().st_size > 10_000
@@ -319,16 +322,20 @@ def test_perplexity(text_model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     argv = ["evaluate", "perplexity", text_model, "--data", str(data), "--length", "64", "--bins", "4"]
     assert main([*argv, "--json", str(tmp_path / "p.json")]) == 0
     assert "bits per token" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "p.json").read_text())
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert (written["evaluation"], written["settings"]["data"]) == ("perplexity", "held_out.txt")
+    assert written["machine"]["packages"]["torch"]
+    assert "commit" in written["machine"]
+    numbers = written["models"]["text"]
     assert numbers["tokens"] == numbers["blocks"] * 63 > 1000
     assert len(numbers["bins"]) == 4
     assert main([*argv, "--max-blocks", "2", "--json", str(tmp_path / "p.json")]) == 0
-    assert json.loads((tmp_path / "p.json").read_text())["blocks"] == 2
+    assert json.loads((tmp_path / "p.json").read_text())["models"]["text"]["blocks"] == 2
     assert "absent.txt" in refused(capsys, "evaluate", "perplexity", text_model, "--data", str(tmp_path / "absent.txt"))
     argv[argv.index(str(data))] = str(tmp_path / "prepared")
     prepare(load_text(data), tmp_path / "prepared", load_tokenizer(text_model), split="validation", progress=False)
     assert main([*argv, "--json", str(tmp_path / "q.json")]) == 0
-    assert json.loads((tmp_path / "q.json").read_text()) == numbers
+    assert json.loads((tmp_path / "q.json").read_text())["models"]["text"] == numbers
     shutil.rmtree(tmp_path / "prepared")
     other = train_tokenizer(["kelp"], 259, progress=False)
     prepare(load_text(data), tmp_path / "prepared", other, split="validation", progress=False)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,40 @@ def test_wrong_calls_are_one_clear_line(
     assert main(["inspect", str(checkpoint), *arguments, *output]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_no_more_is_read_than_a_page_or_the_model_can_take(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("learned_eviction", vocab_size=259, max_position_embeddings=20).save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    page = tmp_path / "page.html"
+    argv = ["inspect", str(tmp_path / "m"), "It was the best of times.", "--output", str(page)]
+    assert main(argv) == 0
+    assert "Of 25 tokens the first 20 are read" in capsys.readouterr().out
+    assert main([*argv, "--max-tokens", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert "the first 24 are read" in shown
+    assert "24 tokens are more than the 20" in " ".join(shown.split())
+    for count in ("0", "65537"):
+        assert main([*argv, "--max-tokens", count]) == 2
+        assert "give 1 to 65,536" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+def test_a_long_page_is_drawn(tmp_path: Path) -> None:
+    """Functions of JavaScript take some 100,000 arguments at most."""
+    assert CHROMIUM is not None
+    count = 150_000
+    layer = InspectedEviction(0, [[float(n % 7) for n in range(count)]], [[count] * count], count, 5, 0)
+    page = write_inspection([layer], ["a"] * count, tmp_path / "page.html", title="long")
+    shown = subprocess.run(
+        [CHROMIUM, "--headless", *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "step 150000 of 150000" in shown.stdout
+    assert "retention score 0.000" in shown.stdout
+    assert " 6.000</p>" in shown.stdout
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.data.text import pack
+from holdfast import HybridForCausalLM
+from holdfast.data.text import collate_isolated, pack
 from holdfast.evaluation import perplexity as module
 from holdfast.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from holdfast.evaluation.sample_log import SampleLog
 
 VOCABULARY = 50
 
@@ -93,6 +97,53 @@ def test_agrees_with_the_loss_of_transformers(length: int, monkeypatch: pytest.M
         result = evaluate_perplexity(model, blocks, batch_size=batch_size, progress=False)
         assert result.mean_nll == pytest.approx(expected, rel=1e-5)
         assert sum(part.tokens for part in result.bins) == result.tokens == 5 * (length - 1)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_logits_are_made_in_slices_and_give_the_same_numbers(
+    small_model: Callable[..., HybridForCausalLM], monkeypatch: pytest.MonkeyPatch, isolate: bool
+) -> None:
+    model, blocks = small_model(vocab_size=VOCABULARY), blocks_of(3, 40, isolate=isolate)
+    if isolate:
+        joined = collate_isolated(blocks)
+        given = {"input_ids": joined["input_ids"], "cu_seqlens": joined["cu_seqlens"]}
+        labels = joined["labels"]
+    else:
+        given = {"input_ids": torch.stack([block["input_ids"] for block in blocks])}
+        labels = given["input_ids"]
+    with torch.no_grad():
+        logits = model(**given, use_cache=False).logits
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    counted = labels[:, 1:].flatten() != -100
+    rows: list[int] = []
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 16)
+    model.lm_head.register_forward_hook(lambda _, args, logits: rows.append(logits.shape[:-1].numel()))
+    result = evaluate_perplexity(model, blocks, batch_size=3, position_bins=40, progress=False)
+    assert rows == [16] * 7 + [8]
+    assert result.tokens == counted.sum()
+    assert result.mean_nll == pytest.approx(nll[counted].mean().item(), rel=1e-6)
+    if not isolate:
+        by_position = nll.view(3, 39).mean(0).tolist()
+        assert [part.mean_nll for part in result.bins[1:]] == pytest.approx(by_position, rel=1e-5)
+
+
+def test_what_a_log_holds_is_not_measured_again(tmp_path: Path) -> None:
+    model, blocks, path = Uniform(), blocks_of(7, 16), tmp_path / "log.jsonl"
+
+    def evaluate(blocks: list[dict[str, torch.Tensor]], **options: int) -> PerplexityResult:
+        model.calls.clear()
+        log = SampleLog(path, {"model": "uniform"})
+        return evaluate_perplexity(model, blocks, log=log, progress=False, **options)
+
+    evaluate(blocks, batch_size=2, max_blocks=3)
+    result = evaluate(blocks, batch_size=2)
+    assert [len(call["input_ids"]) for call in model.calls] == [1, 2, 1]
+    assert result == evaluate_perplexity(Uniform(), blocks, batch_size=2, progress=False)
+    assert evaluate(blocks, batch_size=5) == result
+    assert model.calls == []
+    changed = [*blocks[:4], {name: ids.flip(0) for name, ids in blocks[4].items()}, *blocks[5:]]
+    assert evaluate(changed).tokens == result.tokens
+    assert [call["input_ids"].tolist() for call in model.calls] == [[changed[4]["input_ids"].tolist()]]
 
 
 def test_labels_say_what_counts() -> None:

@@ -64,6 +64,8 @@ def test_recall_of_several_models(small_model: Callable[..., HybridForCausalLM],
         assert list(by_budget) == ["5", "9"]
         assert all(len(shares) == 2 and all(0 <= share <= 1 for share in shares) for shares in by_budget.values())
     assert plot.stat().st_size > 5_000
+    assert main(["evaluate", "scorers", *models, models[0], *options]) == 0  # a model given twice counts once
+    assert json.loads(out.read_text()) == found
 
 
 def test_a_scorer_that_a_model_lacks_is_left_out_or_refused_before_measuring(

@@ -112,8 +112,10 @@ def read_task(directory: Path, **changes: Any) -> NeedleTask:
         changes: settings that replace the recipe's; None leaves one as it is.
 
     Raises:
-        UsageError: if there is no recipe, or it is one for text, or the settings do not fit together.
+        UsageError: if there is no recipe, or it is one for text, or the settings do not fit together, or the task has
+            token ids that the model has no embedding for.
     """
+    from holdfast.configuration import HybridConfig
     from holdfast.training.recipe import NeedleData
 
     recipe = directory / "recipe.toml"
@@ -126,9 +128,16 @@ def read_task(directory: Path, **changes: Any) -> NeedleTask:
     if not isinstance(data, NeedleData):
         raise UsageError(f"{directory} was trained on text, as its recipe.toml says, so it knows no needle task.")
     try:
-        return dataclasses.replace(data.task, **{name: value for name, value in changes.items() if value is not None})
+        task = dataclasses.replace(data.task, **{name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
+    known = HybridConfig.from_pretrained(directory).vocab_size
+    if task.vocab_size > known:
+        raise UsageError(
+            f"The task in {recipe} has {task.vocab_size} token ids, and the model knows {known}; copy the recipe of "
+            "the model's own run there."
+        )
+    return task
 
 
 def format_bytes(count: int) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from holdfast.cli.common import model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import read_text_models, reads_text
 from holdfast.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ examples:
   holdfast inspect runs/demo/needle-lalte --needle
 """
 
+MOST_TOKENS = 65_536
+"""Of a page: a browser redraws every one of them at each step."""
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -42,8 +46,9 @@ class Inspect:
     """Read a sample of the model's needle task."""
     seed: int = 0
     """Of the sample."""
-    max_tokens: int = 4096
-    """Longer texts are cut, for the page grows with them."""
+    max_tokens: int | None = None
+    """Longer texts are cut, for the page grows with them; at most 65,536. Default: 4096, or what the model was trained
+    on where that is less."""
     output: Path = Path("inspect.html")
     """Page to write; one that is there is replaced."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -52,8 +57,8 @@ class Inspect:
         given = [self.prompt is not None, self.file is not None, self.needle]
         if sum(given) != 1:
             raise UsageError("Give one thing to read: a PROMPT, --file FILE or --needle.")
-        if self.max_tokens < 1:
-            raise UsageError(f"--max-tokens is {self.max_tokens}; give at least 1.")
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= MOST_TOKENS:
+            raise UsageError(f"--max-tokens is {self.max_tokens:,}; give 1 to {MOST_TOKENS:,}.")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -71,29 +76,33 @@ def run(arguments: Sequence[str]) -> None:
 
 def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     task = read_task(directory)
-    ids = _first(task.sample(settings.seed, 1)["input_ids"], settings.max_tokens)
+    ids = _first(task.sample(settings.seed, 1)["input_ids"], settings, directory)
     return ids, [f"{word} " for word in task.describe(ids[0].tolist()).split()]
 
 
 def _text(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
-    if not (directory / "tokenizer.json").is_file():
+    if not reads_text(directory):
         raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text; try --needle.")
-
-    from holdfast.data.text import load_tokenizer
-
-    tokenizer: Any = load_tokenizer(directory)
+    tokenizer = read_text_models([directory], english=False)[directory]
     ids = tokenizer(_read(settings), return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise UsageError("The text is empty; give at least one character.")
-    ids = _first(ids, settings.max_tokens)
+    ids = _first(ids, settings, directory)
     return ids, [tokenizer.decode([token]) for token in ids[0].tolist()]
 
 
-def _first(ids: Tensor, count: int) -> Tensor:
-    """The first tokens of ids [1, T]; says so where some are left out."""
+def _first(ids: Tensor, settings: Inspect, directory: Path) -> Tensor:
+    """The first tokens of ids [1, T], as many as are to be read; says so where some are left out."""
+    from holdfast.configuration import HybridConfig
+
+    told = HybridConfig.from_pretrained(directory).max_position_embeddings
+    count = settings.max_tokens or min(4096, told)
     if ids.shape[1] > count:
-        output_console().print(f"Of {ids.shape[1]:,} tokens the first {count:,} are read.")
-    return ids[:, :count]
+        output_console().print(f"Of {ids.shape[1]:,} tokens the first {count:,} are read; --max-tokens sets how many.")
+    ids = ids[:, :count]
+    if ids.shape[1] > told:
+        output_console().print(f"{ids.shape[1]:,} tokens are more than the {told:,} that {directory} was trained on.")
+    return ids
 
 
 def _read(settings: Inspect) -> str:

@@ -81,7 +81,7 @@ def inspect_sequence(model: HybridForCausalLM, input_ids: Tensor) -> list[Inspec
         raise ValueError("the model neither evicts nor selects: no layer of learned eviction or sparse attention.")
     selects = any(isinstance(mixer, NativeSparseAttention) for _, mixer in looked_at)
     with evaluating(model):
-        output = model(input_ids=ids.to(device_of(model)), use_cache=False, output_selection=selects or None)
+        output = model(input_ids=ids.to(device_of(model)), use_cache=False, output_selection=selects, logits_to_keep=1)
     scores = iter(output.retention.scores if output.retention is not None else ())
     selections = iter(output.selection or ())
     return [

@@ -27,8 +27,14 @@ def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = 
         )
 
 
-def check_tokenizer(tokenizer: Any, config: Any, *, name: str = "the model") -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for, or that cannot write plain text.
+def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: str = "the model") -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, or that cannot write plain English text.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model.
+        english: whether what is asked is English; where a user brings the text, its language is not known.
+        name: of the model, for the error.
 
     Raises:
         ValueError: saying what does not fit.
@@ -37,6 +43,8 @@ def check_tokenizer(tokenizer: Any, config: Any, *, name: str = "the model") -> 
         raise ValueError(
             f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {config.vocab_size:,}; give the model its own."
         )
+    if not english:
+        return
     written = tokenizer("The key is 7.").input_ids
     if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
         raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
 from holdfast.evaluation.intervals import Share, draw_shares
+from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 
 __all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance"]
@@ -110,6 +111,7 @@ def evaluate_needle(
     samples: int = 512,
     batch_size: int = 64,
     seed: int = 0,
+    log: SampleLog | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> NeedleResult:
@@ -125,6 +127,9 @@ def evaluate_needle(
         samples: samples to draw, at least 1.
         batch_size: samples per call, at least 1.
         seed: seed of the samples; take one that training did not see.
+        log: where the answers to each sample are kept and, after an interruption, found again; None keeps none. Records
+            are named by the place of the sample; the model, the task (but for its window) and the seed are for the log
+            to tell apart.
         device: where the inputs go; None is the device of the model's first parameter, or the CPU.
         progress: show a progress bar when standard error is a terminal.
 
@@ -134,30 +139,16 @@ def evaluate_needle(
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size is {batch_size}; give at least 1 for both.")
     device = device_of(model) if device is None else torch.device(device)
+    log = SampleLog(None, {}) if log is None else log
     generator = np.random.default_rng(seed)
-    sizes = [min(batch_size, samples - start) for start in range(0, samples, batch_size)]
-    rows: list[np.ndarray] = []
     with evaluating(model):
-        for size in track(sizes, "needle", progress=progress):
-            rows.append(_answer(model, task, task.sample(generator, size), device))
-    distance, correct, nll = np.concatenate(rows, axis=1)
-
-    def tally(selected: np.ndarray) -> Tally:
-        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()))
-
-    edges = _distance_edges(task)
-    return NeedleResult(
-        task=task,
-        samples=samples,
-        seed=seed,
-        total=tally(distance > 0),
-        within=tally(distance <= task.window),
-        beyond=tally(distance > task.window),
-        bins=tuple(
-            DistanceBin(low + 1, high, tally((low < distance) & (distance <= high)))
-            for low, high in itertools.pairwise(edges)
-        ),
-    )
+        for start in track(range(0, samples, batch_size), "needle", progress=progress):
+            batch = task.sample(generator, min(batch_size, samples - start))  # drawn in any case: later ones follow
+            waiting = [row for row in range(len(batch["input_ids"])) if str(start + row) not in log.records]
+            if waiting:
+                answered = _answer(model, task, {name: rows[waiting] for name, rows in batch.items()}, device)
+                log.append({str(start + row): record for row, record in zip(waiting, answered, strict=True)})
+    return _result(task, [log.records[str(index)] for index in range(samples)], seed)
 
 
 def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | Path) -> Path:
@@ -194,8 +185,34 @@ def plot_accuracy_by_distance(results: Mapping[str, NeedleResult], path: str | P
     return Path(path)
 
 
-def _answer(model: nn.Module, task: NeedleTask, batch: dict[str, torch.Tensor], device: torch.device) -> np.ndarray:
-    """Distance, correctness and negative log-likelihood of every answer of a batch, float64 [3, answers]."""
+def _result(task: NeedleTask, records: Sequence[Mapping[str, Any]], seed: int) -> NeedleResult:
+    distance, correct, nll = (
+        np.concatenate([np.asarray(record[name], dtype=np.float64) for record in records])
+        for name in ("distance", "correct", "nll")
+    )
+
+    def tally(selected: np.ndarray) -> Tally:
+        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()))
+
+    edges = _distance_edges(task)
+    return NeedleResult(
+        task=task,
+        samples=len(records),
+        seed=seed,
+        total=tally(distance > 0),
+        within=tally(distance <= task.window),
+        beyond=tally(distance > task.window),
+        bins=tuple(
+            DistanceBin(low + 1, high, tally((low < distance) & (distance <= high)))
+            for low, high in itertools.pairwise(edges)
+        ),
+    )
+
+
+def _answer(
+    model: nn.Module, task: NeedleTask, batch: dict[str, torch.Tensor], device: torch.device
+) -> list[dict[str, Any]]:
+    """A record for each sample: distance, correctness and negative log-likelihood of its answers."""
     logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
     if logits.shape[-1] < task.vocab_size:
         raise ValueError(
@@ -207,8 +224,9 @@ def _answer(model: nn.Module, task: NeedleTask, batch: dict[str, torch.Tensor], 
     answer = batch["labels"][row, position].to(device)
     nll = F.cross_entropy(predicted, answer, reduction="none")
     correct = predicted.argmax(-1) == answer
-    columns = [batch["distance"][row, position], correct.cpu(), nll.cpu()]
-    return np.stack([column.double().numpy() for column in columns])
+    found = {"distance": batch["distance"][row, position], "correct": correct, "nll": nll.double()}
+    by_sample = {name: values.view(-1, task.answers).tolist() for name, values in found.items()}
+    return [dict(zip(by_sample, values, strict=True)) for values in zip(*by_sample.values(), strict=True)]
 
 
 def _distance_edges(task: NeedleTask) -> list[int]:

@@ -1,9 +1,11 @@
 """How well a model predicts text, overall and by position in the context."""
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ from torch.nn import functional as F
 from holdfast.data.progress import track
 from holdfast.data.text import collate_isolated
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
+from holdfast.evaluation.sample_log import SampleLog
+from holdfast.modeling import HybridForCausalLM
+from holdfast.ops.linear import apply_linear
 
-__all__ = ["PerplexityResult", "PositionBin", "evaluate_perplexity"]
+__all__ = ["PerplexityResult", "PositionBin", "block_digest", "evaluate_perplexity"]
 
 IGNORED = -100  # labels that are not predicted
-TOKENS_AT_ONCE = 1024  # whose logits are held in fp32
+TOKENS_AT_ONCE = 1024  # whose logits are held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +98,15 @@ def evaluate_perplexity(
     batch_size: int = 8,
     max_blocks: int | None = None,
     position_bins: int = 8,
+    log: SampleLog | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Predict every token of the blocks from those before it in its block, or in its document where blocks isolate.
 
     Blocks may be longer than those of training: that is how extrapolation is measured. The model is read in eval mode
-    without gradients, and put back in the mode that it came in. Beside the model's own memory, O(1,024 · V).
+    without gradients, and put back in the mode that it came in. Beside the hidden states of a `HybridForCausalLM`,
+    O(1,024 · V) memory; of other models, whose heads are not known, all logits are held.
 
     Args:
         model: called as `model(input_ids=…, use_cache=False)`, int64 [B, L]; its `.logits` are [B, L, V]. Blocks with
@@ -109,6 +116,8 @@ def evaluate_perplexity(
         batch_size: blocks per call B, at least 1.
         max_blocks: read the first blocks only; None reads all.
         position_bins: number of bins of (nearly) equal width over the positions.
+        log: where sums over each block are kept and, after an interruption, found again; None keeps none. A record is
+            named by its block's place and content; the model and `position_bins` are for the log to tell apart.
         device: where the inputs go; None is the device of the model's first parameter, or the CPU.
         progress: show a progress bar when standard error is a terminal.
 
@@ -120,24 +129,31 @@ def evaluate_perplexity(
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}; give at least 1.")
     device = device_of(model) if device is None else torch.device(device)
+    log = SampleLog(None, {}) if log is None else log
     total = math.ceil(min(len(blocks), max_blocks or len(blocks)) / batch_size) if isinstance(blocks, Sized) else None
-    read = length = 0
-    positions: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
+    batches = _batches(itertools.islice(blocks, max_blocks), batch_size)
+    edges = np.zeros(1, dtype=np.int64)
+    names: list[str] = []
     with evaluating(model):
-        for batch in track(
-            _batches(itertools.islice(blocks, max_blocks), batch_size), "perplexity", total=total, progress=progress
-        ):
-            length = length or len(batch[0]["input_ids"])
-            _check_lengths(batch, length, read)
-            read += len(batch)
-            position, nll = _predict(model, batch, device)
-            positions.append(position)
-            losses.append(nll)
-    if not sum(map(len, losses)):
-        raise ValueError("the blocks hold no token to predict; give blocks of 2 tokens or more with labels.")
-    position, nll = np.concatenate(positions), np.concatenate(losses)
-    return PerplexityResult(read, len(nll), float(nll.mean()), _by_position(position, nll, length, position_bins))
+        for batch in track(batches, "perplexity", total=total, progress=progress):
+            edges = edges if names else _edges(len(batch[0]["input_ids"]), position_bins)
+            _check_lengths(batch, int(edges[-1]), len(names))
+            named = {f"{index}/{block_digest(block)}": block for index, block in enumerate(batch, start=len(names))}
+            waiting = {name: block for name, block in named.items() if name not in log.records}
+            if waiting:
+                records = _predict(model, list(waiting.values()), edges, device)
+                log.append(dict(zip(waiting, records, strict=True)))
+            names += named
+    return _result([log.records[name] for name in names], edges)
+
+
+def block_digest(block: Mapping[str, torch.Tensor]) -> str:
+    """A hash that tells a block's content (token ids, labels, documents) from others'."""
+    digest = hashlib.sha256()
+    for name in sorted(block):
+        digest.update(name.encode())
+        digest.update(block[name].to("cpu", torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _batches(blocks: Iterable[dict[str, torch.Tensor]], size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -154,10 +170,15 @@ def _check_lengths(batch: list[dict[str, torch.Tensor]], length: int, first: int
             )
 
 
+def _edges(length: int, count: int) -> np.ndarray:
+    """Where the bins of positions begin and end, rising int64 from 0 to `length`."""
+    return np.unique(np.linspace(0, length, count + 1).round().astype(np.int64))
+
+
 def _predict(
-    model: nn.Module, batch: list[dict[str, torch.Tensor]], device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Position (in its document or block) and negative log-likelihood (float64) of every predicted token of a batch."""
+    model: nn.Module, batch: list[dict[str, torch.Tensor]], edges: np.ndarray, device: torch.device
+) -> list[dict[str, Any]]:
+    """A record for each block: predicted tokens, and the sum of their negative log-likelihoods, by bin of positions."""
     if "cu_seqlens" in batch[0]:
         joined = collate_isolated(batch)
         arguments = {"cu_seqlens": joined["cu_seqlens"].to(device)}
@@ -167,24 +188,54 @@ def _predict(
         joined = {name: torch.stack([block[name] for block in batch]) for name in names}
         arguments = {}
         starts = torch.zeros(joined["input_ids"].shape[1], dtype=torch.int64)
-    labels = joined.get("labels", joined["input_ids"])[:, 1:]
-    position = (torch.arange(len(starts)) - starts)[1:].expand_as(labels)
-    logits = model(input_ids=joined["input_ids"].to(device), use_cache=False, **arguments).logits[:, :-1]
-    nll = torch.stack([_nll(row, targets) for row, targets in zip(logits, labels.to(device), strict=True)]).cpu()
-    counted = labels != IGNORED
-    return position[counted].numpy(), nll[counted].double().numpy()
+    # The last column of a row predicts nothing, and neither does that of a joined block: documents start behind it.
+    targets = F.pad(joined.get("labels", joined["input_ids"])[:, 1:], (0, 1), value=IGNORED)
+    position = (torch.arange(1, len(starts) + 1) - starts).expand_as(targets)  # of the predicted token
+    nll = _nll(model, joined["input_ids"].to(device), targets, arguments)
+    rows = (tensor.reshape(len(batch), -1).numpy() for tensor in (position, targets, nll.double().cpu()))
+    return [_record(*row, edges=edges) for row in zip(*rows, strict=True)]
 
 
-def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihoods, fp32 [T], of logits [T, V] and labels [T]; 0 where the label is −100."""
-    pieces = zip(logits.split(TOKENS_AT_ONCE), labels.split(TOKENS_AT_ONCE), strict=True)
-    return torch.cat([F.cross_entropy(part.float(), target, reduction="none") for part, target in pieces])
+def _nll(
+    model: nn.Module, input_ids: torch.Tensor, targets: torch.Tensor, arguments: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Negative log-likelihoods, fp32 [B, T], of the targets [B, T] of each column; 0 where the target is −100.
+
+    The logits are made of some positions at a time: of all they would be B · T · V numbers, by far the largest tensor.
+    """
+    head: Callable[[torch.Tensor], torch.Tensor]
+    if type(model) is HybridForCausalLM:  # a subclass, such as a sharded one, may do more in its forward
+        hidden = model.model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+        head = functools.partial(apply_linear, model.lm_head)
+    else:
+        hidden, head = model(input_ids=input_ids, use_cache=False, **arguments).logits, nn.Identity()
+    losses = []
+    for part, target in zip(
+        hidden.flatten(0, 1).split(TOKENS_AT_ONCE), targets.flatten().split(TOKENS_AT_ONCE), strict=True
+    ):
+        logits = head(part).float()
+        losses.append(F.cross_entropy(logits, target.to(logits.device), ignore_index=IGNORED, reduction="none"))
+    return torch.cat(losses).view(targets.shape)
 
 
-def _by_position(position: np.ndarray, nll: np.ndarray, length: int, count: int) -> tuple[PositionBin, ...]:
-    edges = np.unique(np.linspace(0, length, count + 1).round().astype(np.int64))
-    bins = []
-    for start, stop in itertools.pairwise(edges.tolist()):
-        selected = nll[(start <= position) & (position < stop)]
-        bins.append(PositionBin(start, stop, len(selected), float(selected.mean()) if len(selected) else None))
-    return tuple(bins)
+def _record(position: np.ndarray, targets: np.ndarray, nll: np.ndarray, *, edges: np.ndarray) -> dict[str, Any]:
+    counted = targets != IGNORED
+    bins = np.searchsorted(edges, position[counted], side="right") - 1
+    return {
+        "tokens": np.bincount(bins, minlength=len(edges) - 1).tolist(),
+        "nll": np.bincount(bins, weights=nll[counted], minlength=len(edges) - 1).tolist(),
+    }
+
+
+def _result(records: Sequence[Mapping[str, Any]], edges: np.ndarray) -> PerplexityResult:
+    tokens = np.asarray([record["tokens"] for record in records], dtype=np.int64).sum(axis=0)
+    if not tokens.sum():
+        raise ValueError("the blocks hold no token to predict; give blocks of 2 tokens or more with labels.")
+    nll = np.asarray([record["nll"] for record in records]).sum(axis=0)
+    bins = tuple(
+        PositionBin(start, stop, count, total / count if count else None)
+        for (start, stop), count, total in zip(
+            itertools.pairwise(edges.tolist()), tokens.tolist(), nll.tolist(), strict=True
+        )
+    )
+    return PerplexityResult(len(records), int(tokens.sum()), float(nll.sum() / tokens.sum()), bins)

@@ -17,20 +17,23 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from holdfast.configuration import HybridConfig
+from holdfast.evaluation.sample_log import SampleLog
 from holdfast.mixers import GatedDeltaNet, LearnedEviction
 from holdfast.mixers.layout import TokenLayout
+from holdfast.mixers.learned_eviction import LearnedEvictionOptions
 from holdfast.modeling import HybridForCausalLM
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.pictures import picture
 
-__all__ = ["SCORERS", "Scorer", "compare_scorers", "plot_comparison", "scoring"]
+__all__ = ["SCORERS", "Scorer", "compare_scorers", "plot_comparison", "scoring", "trained_network"]
 
 Result = TypeVar("Result")
 
@@ -70,7 +73,7 @@ class Scorer(ABC):
 
 
 class Trained(Scorer):
-    """The scorer that the model was trained with, without its threshold (LTE)."""
+    """The scorer that the model was trained with, without its threshold: a CNN (LTE), or an MLP (`trained_network`)."""
 
     def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
         return self.layer.score(features, layout) + self.layer.router.threshold
@@ -167,7 +170,22 @@ SCORERS: dict[str, type[Scorer]] = {
     "recency": Recency,
     "random": Random,
 }
-"""Scorers by name; a further one is a class and a line here."""
+"""Scorers by name; a further one is a class and a line here.
+
+An MLP has to be trained as the CNN has: it is the trained scorer of a model whose `conv_size` is (1, 1, 1).
+"""
+
+
+def trained_network(config: HybridConfig) -> str:
+    """What the trained scorer of a model with learned eviction is.
+
+    Returns:
+        "MLP" where its convolutions read one token only, else "CNN, R = 13" with the tokens that it reads.
+    """
+    options = cast(LearnedEvictionOptions, config.options_for("learned_eviction"))
+    if options.receptive_field == 1:
+        return "MLP"
+    return f"CNN, R = {options.receptive_field}" + (", causal" if options.scorer_causal else "")
 
 
 @contextlib.contextmanager
@@ -224,15 +242,19 @@ def compare_scorers(
     scorers: Sequence[str] = tuple(SCORERS),
     budgets: Sequence[int],
     seed: int = 0,
+    log: SampleLog | None = None,
 ) -> Iterator[tuple[str, int, Result]]:
     """Measure the model with each scorer at each budget.
 
     Args:
         model: with at least one layer of learned eviction.
-        measure: what to measure; it reads the model without a cache, such as `evaluate_needle` does.
+        measure: what to measure; it reads the model without a cache, such as `evaluate_needle` does. With a log it must
+            return a plain value.
         scorers: names in `SCORERS`.
         budgets: slots per head.
         seed: of PyTorch's generator before each measurement, for the random scorer.
+        log: where results are kept and, after an interruption, found again; None keeps none. Records are named by
+            scorer and budget; the model, the seed and what is measured are for the log to tell apart.
 
     Yields:
         Scorer, budget and what `measure` returned, one by one.
@@ -240,12 +262,15 @@ def compare_scorers(
     Raises:
         ValueError: as `scoring`.
     """
+    log = SampleLog(None, {}) if log is None else log
     for budget in budgets:
         for scorer in scorers:
-            torch.manual_seed(seed)
-            with scoring(model, scorer, budget):
-                result = measure()
-            yield scorer, budget, result
+            name = f"{scorer}/{budget}"
+            if name not in log.records:
+                torch.manual_seed(seed)
+                with scoring(model, scorer, budget):
+                    log.append({name: {"result": measure()}})
+            yield scorer, budget, log.records[name]["result"]
 
 
 def plot_comparison(

@@ -29,7 +29,7 @@ from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard
 from holdfast.training.metrics import MetricsFile, ProgressBar, read_metrics
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE, RunDirectoryError
-from holdfast.training.text_blocks import evaluation_blocks, identify, own_tokenizer, training_blocks
+from holdfast.training.text_blocks import check_evaluation, evaluation_blocks, identify, own_tokenizer, training_blocks
 from holdfast.training.trainer import DATA_POSITION, HybridTrainer
 
 logger = logging.get_logger(__name__)
@@ -243,6 +243,8 @@ def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
 
 
 def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: bool) -> _Data:
+    if recipe.training.eval_every:
+        check_evaluation(data)
     is_new = False
     if is_prepared(data.source):
         tokenizer = load_tokenizer(data.source)

@@ -29,14 +29,14 @@ examples:
       --length 1024 2048 4096 --json needle.json --plot needle.png
   holdfast evaluate recall runs/books-lalte --beyond --tasks squad --data dev-v2.0.json
   holdfast evaluate turns runs/needle-lalte runs/needle-gdn --plot turns.png
-  holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048
+  holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048 --beyond
+  holdfast evaluate scorers runs/demo/needle-lalte --budgets 16 32 64 --json scorers.json --plot scorers.png
   holdfast evaluate efficiency --contexts 1024 4096 16384 --batch-sizes 1 4 --json costs.json --plot costs.png
   holdfast evaluate efficiency runs/demo/needle-* --accuracy runs/demo/results.json --pareto pareto.png
   holdfast evaluate all runs/demo/needle-lalte runs/demo/needle-gdn-full --output evaluation
   holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
 
-needle, recall, turns and efficiency keep every answer beside the file of --json and continue there after an
-interruption.
+All but lm-eval keep what they have measured beside the file of --json, and continue there after an interruption.
 `lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
 """
 

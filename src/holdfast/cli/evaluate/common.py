@@ -49,8 +49,8 @@ def shown_names(directories: Sequence[Path]) -> dict[Path, str]:
     }
 
 
-def read_text_models(directories: Iterable[Path]) -> dict[Path, Any]:
-    """The tokenizer of each model, checked against it.
+def read_text_models(directories: Iterable[Path], *, english: bool = True) -> dict[Path, Any]:
+    """The tokenizer of each model, checked against it, and with `english` that it can write what is asked.
 
     Raises:
         UsageError: if one has none, or one that is not its own.
@@ -65,7 +65,8 @@ def read_text_models(directories: Iterable[Path]) -> dict[Path, Any]:
             raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text.")
         with usage_errors():
             tokenizers[directory] = load_tokenizer(directory)
-            check_tokenizer(tokenizers[directory], HybridConfig.from_pretrained(directory), name=str(directory))
+            config = HybridConfig.from_pretrained(directory)
+            check_tokenizer(tokenizers[directory], config, english=english, name=str(directory))
     return tokenizers
 
 

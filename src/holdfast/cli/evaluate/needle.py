@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +26,9 @@ from holdfast.cli.evaluate.common import (
     usage_errors,
     write_results,
 )
-from holdfast.files import write_json
 
 if TYPE_CHECKING:
+    from holdfast.data.needle import NeedleTask
     from holdfast.evaluation.needle import NeedleResult
     from holdfast.evaluation.ruler import RulerResult, RulerSettings
 
@@ -84,8 +84,8 @@ class Needle:
     """Of the samples; training sees none of them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     json: Path | None = None
-    """Write all numbers to this file; for text also every answer, to FILE.samples.jsonl, where a run that was
-    interrupted goes on."""
+    """Write all numbers to this file, and every answer to FILE.samples.jsonl, where a run that was interrupted goes
+    on."""
     plot: Path | None = None
     """Draw into this file (png, svg or pdf) a heat map for text, accuracy by distance for the needle task."""
 
@@ -147,7 +147,6 @@ class Needle:
 
     def _answer_own_task(self, directories: list[Path]) -> Table:
         from holdfast.evaluation.needle import evaluate_needle, plot_accuracy_by_distance
-        from holdfast.machine import describe_machine
 
         if len(self.length) > 1:
             raise UsageError("The needle task has one --length; give one, and call again for the next.")
@@ -157,27 +156,35 @@ class Needle:
             "num_queries": self.own.queries,
             "window": self.own.window,
         }
-        tasks = [read_task(directory, **changes) for directory in directories]
-        for directory, task in zip(directories, tasks, strict=True):
+        tasks = {directory: read_task(directory, **changes) for directory in directories}
+        for directory, task in tasks.items():
             refuse_lengths([directory], task.length, self.beyond)
         names = shown_names(directories)
+        settings = {"seed": self.seed, "dtype": self.dtype}
+        samples = 512 if self.samples is None else self.samples
         results = {
             names[directory]: evaluate_needle(
                 read_model(directory, self.dtype),
                 task,
-                samples=512 if self.samples is None else self.samples,
+                samples=samples,
                 batch_size=64 if self.batch_size is None else self.batch_size,
                 seed=self.seed,
+                log=open_log(self.json, "needle task", directory, {**_drawn_by(task), **settings}, "samples"),
             )
-            for directory, task in zip(directories, tasks, strict=True)
+            for directory, task in tasks.items()
         }
         table = _show_own_task(results)
         if self.json is not None:
-            machine = describe_machine()
-            write_json(self.json, {name: {**result.to_dict(), "machine": machine} for name, result in results.items()})
+            models = {name: result.to_dict() for name, result in results.items()}
+            write_results(self.json, "needle", {"samples": samples, **changes, **settings}, models)
         if self.plot is not None:
             plot_accuracy_by_distance(results, self.plot)
         return table
+
+
+def _drawn_by(task: NeedleTask) -> dict[str, Any]:
+    """The settings of the task that its samples follow from: all but the window, which only splits the results."""
+    return {name: value for name, value in asdict(task).items() if name != "window"}
 
 
 def _refuse_changed(options: TextOptions | OwnTaskOptions, reason: str) -> None:

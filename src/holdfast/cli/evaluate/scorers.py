@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import error_console, model_directory, output_console, read_model, read_task
+from holdfast.cli.common import error_console, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_picture, require_positive
+from holdfast.cli.evaluate.common import (
+    check_picture,
+    model_directories,
+    open_log,
+    read_text_models,
+    refuse_lengths,
+    require_positive,
+)
+from holdfast.cli.evaluate.perplexity import TextBlocks, block_length
 from holdfast.files import write_json
 
+if TYPE_CHECKING:
+    from holdfast.data.needle import NeedleTask
+    from holdfast.modeling import HybridForCausalLM
+
+Measure = tuple[Callable[[Any], float], dict[str, Any]]
+"""What gives the value of a model, and plain values that it follows from."""
 Values = dict[str, dict[int, list[float]]]
 """By scorer and budget, a value per model."""
 
@@ -38,24 +52,27 @@ class Scorers:
     samples: int = 256
     """Samples of the needle task."""
     data: str | None = None
-    """Text: a file (parquet, jsonl, json, txt), a directory of them, or a data set on the hub."""
+    """Text: a file (parquet, jsonl, json, txt), a directory of them or of prepared text, or a data set on the hub."""
     split: str = "validation"
     """Split of the text."""
-    length: int = 512
-    """Tokens per block of text."""
+    length: int | None = None
+    """Tokens per block of text; default: 512, or what the models were trained on where that is less."""
     max_blocks: int = 64
     """Blocks of text to read."""
+    beyond: bool = False
+    """Allow blocks, or samples of the needle task, longer than a model was trained on."""
     seed: int = 0
     """Of the samples, and of the random scorer."""
     json: Path | None = None
-    """Write all numbers to this file."""
+    """Write all numbers to this file, and every measurement to FILE.samples.jsonl, where a run that was interrupted
+    goes on."""
     plot: Path | None = None
     """Draw the comparison into this file (png, svg or pdf)."""
     progress: bool = field(default=True)
     """Show which measurement is running."""
 
     def __post_init__(self) -> None:
-        if self.length < 2:
+        if self.length is not None and self.length < 2:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         require_positive(self, "budgets", "samples", "max_blocks")
         check_picture(self.plot)
@@ -65,39 +82,44 @@ class Scorers:
         from holdfast.data.progress import track
         from holdfast.evaluation.scorers import SCORERS, compare_scorers
 
-        if not self.models:
-            raise UsageError("Give at least one model directory: `holdfast evaluate scorers MODEL_DIR`.")
+        directories = list(dict.fromkeys(model_directories(self.models, "scorers")))  # none counts twice
         scorers = tuple(dict.fromkeys(self.scorers or SCORERS))
         if unknown := [name for name in scorers if name not in SCORERS]:
             raise UsageError(f"No scorer is named {unknown[0]}; there are {', '.join(SCORERS)}.")
         budgets = tuple(dict.fromkeys(self.budgets))
-        directories = [model_directory(name) for name in self.models]
-        scorers = self._fitting(scorers, budgets, directories)  # before the first is measured
+        # What does not fit is refused before the first is measured.
+        scorers = self._fitting(scorers, budgets, directories)
+        text = self._text(directories)
+        measures = self._accuracies(directories) if text is None else self._perplexities(directories, text)
         values: Values = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
-        for directory in directories:
+        for directory, (measure, determining) in measures.items():
+            log = open_log(self.json, f"scorers, {self._what}", directory, determining, "measurements")
             model = read_model(directory)
             compared = compare_scorers(
-                model, self._measure(model, directory), scorers=scorers, budgets=budgets, seed=self.seed
+                model, functools.partial(measure, model), scorers=scorers, budgets=budgets, seed=self.seed, log=log
             )
             total = len(scorers) * len(budgets)
             for scorer, budget, value in track(compared, str(directory), total=total, progress=self.progress):
                 values[scorer][budget].append(value)
-        table = self._show(values)
+        trained = _trained_networks(directories)
+        named = {f"{name} ({trained})" if name == "trained" else name: found for name, found in values.items()}
+        table = self._show(named, len(directories))
         if self.json is not None:
-            write_json(self.json, self._record(values))
+            write_json(self.json, self._record(directories, values, trained, text))
         if self.plot is not None:
             from holdfast.evaluation.scorers import plot_comparison
 
-            plot_comparison(values, self.plot, what=self._what)
+            plot_comparison(named, self.plot, what=self._what)
         return [table]
 
     def _fitting(self, scorers: Sequence[str], budgets: Sequence[int], directories: Sequence[Path]) -> tuple[str, ...]:
         """Those of the scorers that every model can be scored by; one that was asked for and cannot is an error."""
+        models = {directory: _without_weights(directory) for directory in directories}
         found = []
         for scorer in scorers:
             try:
-                for directory in directories:
-                    _check_scorer(directory, scorer, budgets)
+                for directory, model in models.items():
+                    _check_scorer(directory, model, scorer, budgets)
             except UsageError as error:
                 if self.scorers or scorer == "trained":  # which fails only where all do
                     raise
@@ -110,36 +132,50 @@ class Scorers:
     def _what(self) -> str:
         return "accuracy beyond the window" if self.data is None else "perplexity"
 
-    def _measure(self, model: Any, directory: Path) -> Callable[[], float]:
-        if self.data is not None:
-            return functools.partial(_perplexity, model, self._blocks(directory))
+    def _accuracies(self, directories: Sequence[Path]) -> dict[Path, Measure]:
+        """Of the models' own needle tasks.
+
+        Raises:
+            UsageError: if one has none, or one that is longer than it was told.
+        """
         try:
-            task = read_task(directory)
+            tasks = {directory: read_task(directory) for directory in directories}
         except UsageError as error:
             raise UsageError(f"{error} Or give --data TEXT.") from error
+        for directory, task in tasks.items():
+            refuse_lengths([directory], task.length, self.beyond)
+        drawn = {"samples": self.samples, "seed": self.seed}
+        return {
+            directory: (functools.partial(_accuracy, directory, task, **drawn), {"task": asdict(task), **drawn})
+            for directory, task in tasks.items()
+        }
 
-        from holdfast.evaluation.needle import evaluate_needle
+    def _text(self, directories: Sequence[Path]) -> TextBlocks | None:
+        if self.data is None:
+            return None
+        length = block_length(directories, self.length, self.beyond)
+        return TextBlocks(self.data, self.split, "text", None, length, self.max_blocks)
 
-        def accuracy() -> float:
-            result = evaluate_needle(model, task, samples=self.samples, seed=self.seed, progress=False)
-            if result.beyond.accuracy is None:
-                raise UsageError(f"{directory}: its task asks nothing beyond its window of {task.window} tokens.")
-            return result.beyond.accuracy
+    def _perplexities(self, directories: Sequence[Path], text: TextBlocks) -> dict[Path, Measure]:
+        """Of text.
 
-        return accuracy
+        Raises:
+            UsageError: if a model cannot read it.
+        """
+        from holdfast.evaluation.perplexity import block_digest
 
-    def _blocks(self, directory: Path) -> Sequence[dict[str, Any]]:
-        from holdfast.data.text import PackedText, load_text, load_tokenizer
+        measures: dict[Path, Measure] = {}
+        for directory, tokenizer in read_text_models(directories, english=False).items():
+            packed = text.read(tokenizer, directory)
+            blocks = [packed[index] for index in range(min(len(packed), self.max_blocks))]
+            determining = {"blocks": [block_digest(block) for block in blocks], "seed": self.seed}
+            measures[directory] = (functools.partial(_perplexity, blocks), determining)
+        return measures
 
-        texts = load_text(self.data or "", split=self.split)
-        needed = (self.max_blocks + 1) * self.length
-        blocks = PackedText.from_texts(texts, load_tokenizer(directory), self.length, max_tokens=needed)
-        return [blocks[index] for index in range(min(len(blocks), self.max_blocks))]
-
-    def _show(self, values: Values) -> Table:
+    def _show(self, values: Values, models: int) -> Table:
         title = f"{self._what}, by slots per head"
-        if len(self.models) > 1:
-            title += f"; mean of {len(self.models)} models"
+        if models > 1:
+            title += f"; mean of {models} models"
         table = Table(title=title)
         table.add_column("scorer", no_wrap=True)
         for budget in next(iter(values.values())):
@@ -150,30 +186,47 @@ class Scorers:
         output_console().print(table)
         return table
 
-    def _record(self, values: Values) -> Mapping[str, Any]:
+    def _record(
+        self, directories: Sequence[Path], values: Values, trained: str, text: TextBlocks | None
+    ) -> Mapping[str, Any]:
         from holdfast.machine import describe_machine
 
         return {
             "measure": self._what,
-            "models": ["/".join(Path(name).resolve().parts[-2:]) for name in self.models],
-            "samples": self.samples if self.data is None else None,
-            "length": None if self.data is None else self.length,
+            "models": ["/".join(directory.resolve().parts[-2:]) for directory in directories],
+            "trained": trained,
+            "samples": self.samples if text is None else None,
+            "text": None if text is None else text.to_dict(),
+            "length": None if text is None else text.length,
             "seed": self.seed,
             "environment": describe_machine(),
             "values": values,
         }
 
 
-def _check_scorer(directory: Path, scorer: str, budgets: Sequence[int]) -> None:
-    """Raise UsageError where the model in `directory` cannot be scored by `scorer`, or not with these budgets."""
+def _trained_networks(directories: Sequence[Path]) -> str:
+    """What the trained scorers are: one network, or those of several models that differ."""
+    from holdfast.configuration import HybridConfig
+    from holdfast.evaluation.scorers import trained_network
+
+    return " and ".join(dict.fromkeys(trained_network(HybridConfig.from_pretrained(each)) for each in directories))
+
+
+def _without_weights(directory: Path) -> HybridForCausalLM:
+    """The model saved in `directory`, on the meta device."""
     import torch
 
     from holdfast.configuration import HybridConfig
-    from holdfast.evaluation.scorers import scoring
     from holdfast.modeling import HybridForCausalLM
 
     with torch.device("meta"):
-        model = HybridForCausalLM(HybridConfig.from_pretrained(directory))
+        return HybridForCausalLM(HybridConfig.from_pretrained(directory))
+
+
+def _check_scorer(directory: Path, model: HybridForCausalLM, scorer: str, budgets: Sequence[int]) -> None:
+    """Raise UsageError where the model of `directory` cannot be scored by `scorer`, or not with these budgets."""
+    from holdfast.evaluation.scorers import scoring
+
     for budget in budgets:
         try:
             with scoring(model, scorer, budget):
@@ -182,7 +235,16 @@ def _check_scorer(directory: Path, scorer: str, budgets: Sequence[int]) -> None:
             raise UsageError(f"{directory}, scorer {scorer}, budget {budget}: {error}") from error
 
 
-def _perplexity(model: Any, blocks: Sequence[dict[str, Any]]) -> float:
+def _accuracy(directory: Path, task: NeedleTask, model: Any, *, samples: int, seed: int) -> float:
+    from holdfast.evaluation.needle import evaluate_needle
+
+    result = evaluate_needle(model, task, samples=samples, seed=seed, progress=False)
+    if result.beyond.accuracy is None:
+        raise UsageError(f"{directory}: its task asks nothing beyond its window of {task.window} tokens.")
+    return result.beyond.accuracy
+
+
+def _perplexity(blocks: Sequence[dict[str, Any]], model: Any) -> float:
     from holdfast.evaluation.perplexity import evaluate_perplexity
 
     return evaluate_perplexity(model, blocks, progress=False).perplexity
