@@ -92,7 +92,7 @@ def test_isolated_blocks_say_where_documents_start() -> None:
     joined = next(iter(DataLoader(blocks, batch_size=3, collate_fn=collate_isolated)))
     assert joined["input_ids"].tolist() == [blocks.tokens.tolist()[:15]]
     assert joined["labels"].shape == (1, 15)
-    assert joined["cu_seqlens"].tolist() == [0, 4, 5, 10, 12, 15]
+    assert joined["cu_seqlens"].tolist() == [0, 4, 5, 10, 12, 15, 15, 15]  # five documents, and empty ones to 2 ** 3
     assert joined["cu_seqlens"].dtype == joined["input_ids"].dtype == torch.int64
 
 

@@ -138,11 +138,14 @@ def collate_isolated(blocks: Sequence[dict[str, torch.Tensor]]) -> dict[str, tor
     """Join B blocks of an isolating `PackedText` or `TextStream` into one row, as packed sequences go to a model.
 
     Returns:
-        `input_ids` and `labels`, int64 [1, B·L], and `cu_seqlens`, int64 [documents + 1], that ends with B·L.
+        `input_ids` and `labels`, int64 [1, B·L], and `cu_seqlens`, int64 [documents + 1], that ends with B·L. Empty
+        documents at the end make its length a power of 2, so that compiled models meet few shapes.
     """
     joined = {name: torch.cat([block[name] for block in blocks]).unsqueeze(0) for name in ("input_ids", "labels")}
     lengths = torch.cat([block["cu_seqlens"].diff() for block in blocks])
-    joined["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    empty = (1 << len(lengths).bit_length()) - len(offsets)
+    joined["cu_seqlens"] = torch.cat([offsets, offsets[-1:].expand(empty)])
     return joined
 
 

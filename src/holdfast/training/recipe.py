@@ -183,7 +183,7 @@ class Recipe:
     """Everything that determines a training run.
 
     Raises:
-        ValueError: if the name is none for a directory, or evaluations have no split.
+        ValueError: if the name is none for a directory.
     """
 
     name: str
@@ -201,11 +201,6 @@ class Recipe:
         if self.name in ("", ".", "..") or set(self.name) & {"/", "\\", "\0"}:
             raise ValueError(
                 f"name must be that of a directory inside output.directory, without separators, got {self.name!r}."
-            )
-        if self.training.eval_every and isinstance(self.data, TextData) and self.data.validation_split is None:
-            raise ValueError(
-                f"training.eval_every is {self.training.eval_every}, but there is nothing to evaluate on: name a split "
-                "(data.validation_split), or set eval_every to 0."
             )
 
     def build_config(self) -> HybridConfig:

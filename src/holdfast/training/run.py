@@ -245,6 +245,8 @@ def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
 def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: bool) -> _Data:
     if recipe.training.eval_every:
         check_evaluation(data)
+        if data.validation_split is None:
+            logger.warning("No evaluations are made, whatever training.eval_every: data.validation_split is not set.")
     is_new = False
     if is_prepared(data.source):
         tokenizer = load_tokenizer(data.source)
