@@ -349,13 +349,13 @@ class TextTurns:
 
 
 def fitting_plan(fits: Callable[[TurnPlan], bool], most: int) -> TurnPlan | None:
-    """The plan of at most `most` turns, and of at least two, that `fits`; None where none does.
+    """The plan of at most `most` turns, and of at least two where `most` allows them, that `fits`; None without any.
 
     Four facts and two questions in a turn where that fits with some number of turns, else two and one, else one and
     one; of these the one with the most turns.
     """
     for facts, questions in ((4, 2), (2, 1), (1, 1)):
-        for turns in range(most, 1, -1):
+        for turns in range(most, min(most, 2) - 1, -1):
             plan = TurnPlan(turns=turns, facts=facts, questions=questions)
             if fits(plan):
                 return plan

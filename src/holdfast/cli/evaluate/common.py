@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,20 @@ def check_picture(path: Path | None, option: str = "--plot") -> None:
     """Refuse before anything is measured a picture that could not be drawn afterwards."""
     if path is not None and path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option} is {path}; give a file that ends in {', '.join(PICTURES)}.")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a directory that results go to.
+
+    Raises:
+        UsageError: naming the option, if that cannot be, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} is {folder}, where nothing can be written ({error.strerror}).") from error
 
 
 def require_positive(settings: Any, *names: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from holdfast.bench.settings import BenchSettings, SizeName
 from holdfast.cli.bench import format_rate, format_seconds
-from holdfast.cli.common import format_bytes, format_count, output_console, quieten_transformers
+from holdfast.cli.common import error_console, format_bytes, format_count, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     check_picture,
@@ -157,11 +158,22 @@ class Efficiency:
         from holdfast.bench.plots import machine_line
         from holdfast.machine import describe_machine
 
-        with usage_errors():
-            if self.plot is not None:
+        # What was measured is shown and written by now, and stays so where it is too little for a picture.
+        if self.plot is not None:
+            with _remark("--plot"):
                 plot_costs(results, self.plot, machine=machine_line(describe_machine(), dtype))
-            if self.pareto is not None:
+        if self.pareto is not None:
+            with _remark("--pareto"):
                 plot_pareto(pareto_points(results, accuracies), self.pareto)
+
+
+@contextmanager
+def _remark(option: str) -> Iterator[None]:
+    """Say why a picture is not drawn."""
+    try:
+        yield
+    except ValueError as error:
+        error_console().print(f"{option} is not drawn: {error}", soft_wrap=True)
 
 
 def _speed_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from holdfast.cli.common import model_directory, output_console, read_model
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import require_positive
+from holdfast.cli.evaluate.common import require_positive, shown_names
 from holdfast.files import write_json
 
 
@@ -67,7 +67,8 @@ class Perplexity:
             max_blocks=self.max_blocks,
             position_bins=self.bins,
         )
-        table = Table(title=f"{directory}: {result.tokens:,} tokens in {result.blocks:,} blocks of {self.length:,}")
+        name = shown_names([directory])[directory]
+        table = Table(title=f"{name}: {result.tokens:,} tokens in {result.blocks:,} blocks of {self.length:,}")
         for heading in ("positions", "tokens", "perplexity"):
             table.add_column(heading, justify="right")
         for part in result.bins:
