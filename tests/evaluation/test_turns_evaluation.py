@@ -31,6 +31,7 @@ def test_who_remembers_all_is_always_right(asides: bool) -> None:
     result = evaluate_turns(Listener(), text(asides), conversations=5, progress=False)
     assert result.total.accuracy == 1
     assert result.total.count == 5 * 8
+    assert result.total.effective < 10  # conversations, not 40 independent answers
     assert list(result.by_turn) == [0, 1, 2, 3]
     assert all(share.count == 10 for share in result.by_turn.values())
     assert list(result.by_back) == [0, 1, 2, 3]

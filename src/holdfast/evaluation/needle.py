@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
-from holdfast.evaluation.intervals import Share, draw_shares
+from holdfast.evaluation.intervals import Share, draw_shares, effective_count
 from holdfast.pictures import picture
 
 __all__ = ["DistanceBin", "NeedleResult", "Tally", "evaluate_needle", "plot_accuracy_by_distance"]
@@ -43,7 +43,8 @@ class Tally(Share):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Tally":
         """Inverse of `to_dict`."""
-        return cls(count=data["count"], correct=data["correct"], nll=data["nll"])
+        effective = data.get("effective")
+        return cls(count=data["count"], correct=data["correct"], nll=data["nll"], effective=effective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +142,11 @@ def evaluate_needle(
         for size in track(sizes, "needle", progress=progress):
             rows.append(_answer(model, task, task.sample(generator, size), device))
     distance, correct, nll = np.concatenate(rows, axis=1)
+    sample = np.arange(samples).repeat(task.answers)
 
     def tally(selected: np.ndarray) -> Tally:
-        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()))
+        effective = effective_count(sample[selected], correct[selected])
+        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()), effective=effective)
 
     edges = _distance_edges(task)
     return NeedleResult(
