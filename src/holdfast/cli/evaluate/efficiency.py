@@ -61,7 +61,7 @@ class Efficiency:
     chunk: int = 2048
     """Tokens that a model reads in one call."""
     limit: float = 60.0
-    """Seconds after which a model takes no further turn at a context."""
+    """Seconds after which a model takes no further turn at a context. What a lower limit cut short is measured again."""
     longest: float | None = None
     """Seconds that reading a context once may take; one that would take longer, or needs more memory than is free, is
     not measured. Left out: --limit."""
