@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -98,6 +99,16 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["all", ".", "--squad", "./dev.json"], "--squad is ./dev.json, which"),
         (["all", ".", "--haystack", "essays/"], "--haystack is essays/, which"),
         (["all", "nowhere", "--parts", "nonsense"], "nonsense"),
+        (["efficiency", "--json", "."], "--json is ., which is a directory"),
+        (["efficiency", "--plot", "pyproject.toml/p.png"], "pyproject.toml is a file and no directory"),
+        (["efficiency", "m", "--pareto", "src.png/", "--accuracy", "a.json", "--json", "tests"], "--json is tests"),
+        (["needle", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["perplexity", "nowhere", "--data", "x", "--json", "."], "--json is ., which is a directory"),
+        (["recall", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["scorers", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["turns", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["efficiency", "--seed", "-1"], "--seed is -1; give 0 or more"),
+        (["all", "nowhere", "--seed", "-3"], "--seed is -3; give 0 or more"),
     ],
 )
 def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +116,29 @@ def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert main(["evaluate", "efficiency", "--json", str(tmp_path / "new" / "costs.json")]) == 2
+    assert "nothing can be written in" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_directory_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "all", str(models / "lalte"), "--output", str(models / "text.txt")]) == 2
+    assert "text.txt, where nothing can be written" in capsys.readouterr().err
+
+
+def test_accuracies_of_other_models_are_refused_before_anything_is_measured(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = models / "needle.json"
+    assert main(["evaluate", "needle", str(models / EVIL), "--samples", "4", "--json", str(accuracies)]) == 0
+    monkeypatch.setattr("holdfast.bench.efficiency.measure_efficiency", lambda *_, **__: pytest.fail("measured"))
+    drawn = ["--accuracy", str(accuracies), "--pareto", str(models / "p.png")]
+    assert main(["evaluate", "efficiency", str(models / "lalte"), *QUICK, *drawn]) == 2
+    assert f"has accuracies of {EVIL}, not of lalte" in capsys.readouterr().err
 
 
 def run_all(models: Path, *options: str) -> str:

@@ -61,7 +61,7 @@ class Efficiency:
     chunk: int = 2048
     """Tokens that a model reads in one call."""
     limit: float = 60.0
-    """Seconds after which a model takes no further turn at a context. What a lower limit cut short is measured again."""
+    """Seconds after which a model takes no further turn at a context. What a lower one cut short is measured again."""
     longest: float | None = None
     """Seconds that reading a context once may take; one that would take longer, or needs more memory than is free, is
     not measured. Left out: --limit."""
@@ -104,8 +104,8 @@ class Efficiency:
         """Measure, and show tables; returns them."""
         from holdfast.bench.efficiency import EfficiencyPlan, measure_efficiency
 
-        accuracies = self._accuracies()
         subjects = self._subjects()
+        accuracies = self._accuracies([subject.name for subject in subjects])
         with usage_errors():
             device, dtype = BenchSettings(
                 device=self.device, dtype=self.dtype, threads=self.threads, seed=self.seed
@@ -128,13 +128,20 @@ class Efficiency:
         self._draw(results, accuracies, settings["dtype"])
         return tables
 
-    def _accuracies(self) -> dict[str, list[Accuracy]]:
+    def _accuracies(self, names: Sequence[str]) -> dict[str, list[Accuracy]]:
+        """Of the models with these names; checked now, since to measure costs may take hours."""
         from holdfast.bench.accuracy import read_accuracies
 
         if self.accuracy is None:
             return {}
         with usage_errors():
-            return read_accuracies(self.accuracy)
+            found = read_accuracies(self.accuracy)
+        if not found.keys() & set(names):
+            others = ", ".join(found) or "no model"
+            raise UsageError(
+                f"{self.accuracy} has accuracies of {others}, not of {', '.join(names)}; give another file."
+            )
+        return found
 
     def _subjects(self) -> list[Subject]:
         from holdfast.bench.efficiency import Subject
