@@ -49,11 +49,12 @@ def measured(subjects: Sequence[Subject], plan: EfficiencyPlan, **options: Any) 
 
 
 def test_models_of_all_mixtures_have_equally_many_parameters() -> None:
-    for name in ("43m", "1.4b"):
+    for name, parameters in (("30m", 30e6), ("43m", 46.2e6), ("1.4b", None)):
         with torch.device("meta"):
             counts = [HybridForCausalLM(config).num_parameters() for config in equal_configs(SIZES[name]).values()]  # type: ignore[index]
         assert len(counts) == 6
         assert max(counts) < 1.01 * min(counts)
+        assert parameters is None or max(abs(count / parameters - 1) for count in counts) < 0.01
 
 
 def test_what_is_measured_of_each_model(results: dict[str, ModelCosts], subjects: list[Subject]) -> None:
