@@ -255,6 +255,20 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
     assert "prefill tok/s" in page
 
 
+def test_models_of_one_name_and_two_kinds_have_no_picture_of_both(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among models of the needle task the one is `lalte`, among all it is its path."""
+    quick(monkeypatch)
+    shutil.copytree(models / "text", models / "other" / "lalte")
+    both = [str(models / "lalte"), str(models / "other" / "lalte")]
+    argv = ["evaluate", "all", "--samples", "4", "--contexts", "24", "--output", str(models / "out")]
+    assert main([*argv, "--parts", "needle", "efficiency", "--", *both]) == 0
+    page = (models / "out" / "index.html").read_text(encoding="utf-8")
+    assert "prefill tok/s" in page
+    assert not (models / "out" / "pareto.png").exists()
+
+
 def test_costs_that_are_all_missing_are_a_table(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = run_all(models, "--parts", "efficiency", "--limit", "1e-9")
     assert "more than the 1e-09 s allowed" in page

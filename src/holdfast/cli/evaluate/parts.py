@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -214,7 +214,7 @@ def _scorers(chosen: All, directory: Path, label: str) -> Part:
 
 def _efficiency(chosen: All, directories: tuple[Path, ...], measured: Container[str]) -> Part:
     def make() -> Efficiency:
-        accuracy = _accuracy(chosen, measured)
+        accuracy = _accuracy(chosen, shown_names(directories).values(), measured)
         return Efficiency(
             _names(directories),
             contexts=chosen.contexts,
@@ -233,13 +233,13 @@ def _efficiency(chosen: All, directories: tuple[Path, ...], measured: Container[
     return Part("efficiency", "efficiency", directories, make)
 
 
-def _accuracy(chosen: All, measured: Container[str]) -> Path | None:
-    """Of these models; a file that an earlier run left in the directory may be about others."""
+def _accuracy(chosen: All, names: Collection[str], measured: Container[str]) -> Path | None:
+    """Of the models with these names; a file that an earlier run left in the directory may be about others."""
     from holdfast.bench.accuracy import read_accuracies
 
     for name in ("needle-task", "needle-niah_single_1"):
         path = chosen.output / f"{name}.json"
-        if name in measured and read_accuracies(path):
+        if name in measured and read_accuracies(path).keys() & set(names):
             return path
     return None
 
