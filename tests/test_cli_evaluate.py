@@ -10,6 +10,7 @@ import pytest
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
+from holdfast.cli.evaluate.common import read_haystack
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
 from holdfast.settings import to_toml
@@ -240,3 +241,16 @@ def test_a_model_without_a_needle_recipe_is_not_given_a_task_of_another(
     assert "has no recipe.toml, which says what needle task" in refused(capsys, "needle", str(tmp_path / "m"))
     (tmp_path / "m" / "recipe.toml").write_text(to_toml(load_recipe("books-lalte")))
     assert "was trained on text, as its recipe.toml says" in refused(capsys, "turns", str(tmp_path / "m"))
+
+
+def test_a_directory_of_haystacks_is_all_its_texts(tmp_path: Path) -> None:
+    """Also where file names tell splits, of which a haystack has none."""
+    names = ("train.txt", "validation.txt", "deep/dev-notes.txt", "essay.txt")
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("word " * 10**number)
+    (tmp_path / "picture.png").write_bytes(b"no text")
+    essays = read_haystack([str(tmp_path)])
+    assert essays is not None
+    assert essays.words == 1111
+    assert read_haystack([str(tmp_path / "validation.txt")]).words == 10  # type: ignore[union-attr]

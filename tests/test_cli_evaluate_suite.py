@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
+from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer
 from holdfast.settings import to_toml
@@ -95,6 +99,16 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["all", ".", "--squad", "./dev.json"], "--squad is ./dev.json, which"),
         (["all", ".", "--haystack", "essays/"], "--haystack is essays/, which"),
         (["all", "nowhere", "--parts", "nonsense"], "nonsense"),
+        (["efficiency", "--json", "."], "--json is ., which is a directory"),
+        (["efficiency", "--plot", "pyproject.toml/p.png"], "pyproject.toml is a file and no directory"),
+        (["efficiency", "m", "--pareto", "src.png/", "--accuracy", "a.json", "--json", "tests"], "--json is tests"),
+        (["needle", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["perplexity", "nowhere", "--data", "x", "--json", "."], "--json is ., which is a directory"),
+        (["recall", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["scorers", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["turns", "nowhere", "--json", "."], "--json is ., which is a directory"),
+        (["efficiency", "--seed", "-1"], "--seed is -1; give 0 or more"),
+        (["all", "nowhere", "--seed", "-3"], "--seed is -3; give 0 or more"),
     ],
 )
 def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +116,29 @@ def test_what_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert main(["evaluate", "efficiency", "--json", str(tmp_path / "new" / "costs.json")]) == 2
+    assert "nothing can be written in" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_directory_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "all", str(models / "lalte"), "--output", str(models / "text.txt")]) == 2
+    assert "text.txt, where nothing can be written" in capsys.readouterr().err
+
+
+def test_accuracies_of_other_models_are_refused_before_anything_is_measured(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = models / "needle.json"
+    assert main(["evaluate", "needle", str(models / EVIL), "--samples", "4", "--json", str(accuracies)]) == 0
+    monkeypatch.setattr("holdfast.bench.efficiency.measure_efficiency", lambda *_, **__: pytest.fail("measured"))
+    drawn = ["--accuracy", str(accuracies), "--pareto", str(models / "p.png")]
+    assert main(["evaluate", "efficiency", str(models / "lalte"), *QUICK, *drawn]) == 2
+    assert f"has accuracies of {EVIL}, not of lalte" in capsys.readouterr().err
 
 
 def run_all(models: Path, *options: str) -> str:
@@ -122,12 +159,14 @@ def test_everything_on_one_page(
     assert not re.search(r'src="(?!picture")|href=|https?://|<script', page)
     assert "<b>" not in page
     assert "&lt;b&gt;tokens&amp;" in page
-    assert str(models) not in re.sub(r"<td>.*?</td>|<th>.*?</th>|<caption>.*?</caption>", "", page)
+    assert str(models) not in re.sub(r"<td>.*?</td>|<th>.*?</th>", "", page)
     for text in ("accuracy by distance", "turns back", "perplexity, text", "slots per head", "prefill tok/s", "seed 0"):
         assert text in page
     for reason in ("no --haystack was given", "no --squad was given", "has no layer of learned eviction"):
         assert f"not measured: {reason}" in page or f"not measured: the model {reason}" in page
     assert "more than the length of 300" in page  # RULER's question does not fit
+    assert "not measured: not even two turns with a fact each fit into the 300 tokens" in page
+    assert "length 300, batch_size 13" in page  # of the blocks of text
     for name in ("torch", "commit", "processor"):
         assert f"<td>{name}</td>" in page
     for name in ("needle-task", "turns-task", "perplexity-text", "scorers-lalte", "efficiency"):
@@ -159,15 +198,105 @@ def test_what_was_measured_is_kept(
     assert calls[3:] == ["Needle", "Efficiency"]
 
 
+def test_texts_are_known_by_their_contents(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch, Perplexity)
+    text, copy = models / "text.txt", models / "copied" / "under_another_name.txt"
+    copy.parent.mkdir()
+    copy.write_bytes(text.read_bytes())
+    for data, expected in ((text, 1), (text, 1), (copy, 1)):
+        run_all(models, "--parts", "perplexity", "--data", str(data))
+        assert len(calls) == expected
+    text.write_text(text.read_text().replace("best", "sole"))  # as many bytes
+    run_all(models, "--parts", "perplexity", "--data", str(text))
+    assert len(calls) == 2
+
+
+def test_accuracies_and_pictures_of_other_models_are_not_taken(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    argv = ["evaluate", "all", "--samples", "4", "--contexts", "24", "--output", str(models / "out"), "--parts"]
+    first, other = ["needle", "efficiency", "--", str(models / "lalte")], ["needle", "--", str(models / EVIL)]
+    assert main([*argv, *first]) == 0
+    assert (models / "out" / "pareto.png").is_file()
+    accuracies = (models / "out" / "needle-task.json").read_bytes()
+    assert main([*argv, *other]) == 0
+    (models / "moved").mkdir()
+    small = models / "moved" / "lalte"  # another model of the same name, whose accuracies are in no file
+    shutil.copytree(models / "text", small)
+    (small / "tokenizer.json").unlink()
+    (models / "out" / "needle-task.json").write_bytes(accuracies)
+    assert main([*argv, "efficiency", "--", str(small)]) == 0
+    assert "pareto" not in (models / "out" / "index.html").read_text(encoding="utf-8")
+    calls = counted(monkeypatch)
+    assert main([*argv, *first]) == 0
+    assert calls == ["Needle", "Efficiency"]  # whose files the other models' have replaced
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("too\nmuch"), KeyError("x")]
+)
+def test_a_part_that_fails_is_told_and_the_others_go_on(
+    models: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    quick(monkeypatch)
+
+    def fail(self: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Needle, "run", fail)
+    calls = counted(monkeypatch, Efficiency)
+    page = run_all(models, "--parts", "needle", "efficiency")
+    assert calls == ["Efficiency"]
+    told = {
+        "OSError": "[Errno 5] Input/output error",
+        "OutOfMemoryError": "too much",
+        "KeyError": "KeyError: &#x27;x&#x27;",
+    }
+    assert f"not measured: {told[type(error).__name__]}" in page
+    assert "prefill tok/s" in page
+
+
+def test_models_of_one_name_and_two_kinds_have_no_picture_of_both(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among models of the needle task the one is `lalte`, among all it is its path."""
+    quick(monkeypatch)
+    shutil.copytree(models / "text", models / "other" / "lalte")
+    both = [str(models / "lalte"), str(models / "other" / "lalte")]
+    argv = ["evaluate", "all", "--samples", "4", "--contexts", "24", "--output", str(models / "out")]
+    assert main([*argv, "--parts", "needle", "efficiency", "--", *both]) == 0
+    page = (models / "out" / "index.html").read_text(encoding="utf-8")
+    assert "prefill tok/s" in page
+    assert not (models / "out" / "pareto.png").exists()
+
+
+def test_costs_that_are_all_missing_are_a_table(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_all(models, "--parts", "efficiency", "--limit", "1e-9")
+    assert "more than the 1e-09 s allowed" in page
+    assert "operations at 24" in page
+
+
+@pytest.mark.parametrize(("length", "plan"), [(1024, "turns 2, facts 2"), (1500, "turns 2, facts 4")])
+def test_conversations_have_as_many_turns_as_fit(
+    models: Path, small_model: Callable[..., HybridForCausalLM], length: int, plan: str
+) -> None:
+    model = small_model("gated_deltanet", "learned_eviction", vocab_size=259, max_position_embeddings=length)
+    model.save_pretrained(models / "text")
+    argv = ["evaluate", "all", str(models / "text"), "--samples", "8", "--output", str(models / "out")]
+    assert main([*argv, "--parts", "turns"]) == 0
+    page = (models / "out" / "index.html").read_text(encoding="utf-8")
+    assert plan in page
+    assert f"turn_length {(length - 1) // 2}" in page
+
+
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks are measured in new processes, which takes seconds each."""
     monkeypatch.setattr("holdfast.bench.efficiency.peak_bytes", lambda *_, **__: 1 << 20)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes which evaluations run."""
+def counted(monkeypatch: pytest.MonkeyPatch, *kinds: type) -> list[str]:
+    """Notes which evaluations run; by default needles and efficiency."""
     calls: list[str] = []
-    for kind in (Needle, Efficiency):
+    for kind in kinds or (Needle, Efficiency):
 
         def noted(self: Any, run: Any = kind.run, name: str = kind.__name__) -> Any:
             calls.append(name)

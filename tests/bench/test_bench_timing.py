@@ -70,6 +70,13 @@ def test_a_turn_of_several_samples_begins_with_one_that_is_not_counted(clock: Fa
     assert log.count("prepare a") == 3
 
 
+def test_the_last_turn_takes_the_samples_that_are_left(clock: FakeClock) -> None:
+    log: list[str] = []
+    variant = takes(clock, "a", 1.0, log, samples_per_turn=3, samples=7)
+    timings = measure([variant], turns=4, limit=1e9, device=CPU)
+    assert [len(turn) for turn in timings["a"].turns] == [3, 3, 1]
+
+
 def test_short_work_is_repeated_until_a_sample_lasts(clock: FakeClock) -> None:
     """A call of 9 seconds, cold, and 3 after it: to fill 10 seconds takes 4 of them."""
     log: list[str] = []

@@ -49,11 +49,12 @@ def measured(subjects: Sequence[Subject], plan: EfficiencyPlan, **options: Any) 
 
 
 def test_models_of_all_mixtures_have_equally_many_parameters() -> None:
-    for name in ("43m", "1.4b"):
+    for name, parameters in (("30m", 30e6), ("43m", 46.2e6), ("1.4b", None)):
         with torch.device("meta"):
             counts = [HybridForCausalLM(config).num_parameters() for config in equal_configs(SIZES[name]).values()]  # type: ignore[index]
         assert len(counts) == 6
         assert max(counts) < 1.01 * min(counts)
+        assert parameters is None or max(abs(count / parameters - 1) for count in counts) < 0.01
 
 
 def test_what_is_measured_of_each_model(results: dict[str, ModelCosts], subjects: list[Subject]) -> None:
@@ -70,7 +71,7 @@ def test_what_is_measured_of_each_model(results: dict[str, ModelCosts], subjects
         for cost in costs.costs:
             assert cost.cache_bytes == HybridCache.bytes_for(subject.source, cost.batch, torch.float32, cost.context)  # type: ignore[arg-type]
             assert len(cost.prefill.samples) == 2
-            assert [len(turn) for turn in cost.decode.turns] == [20, 20]
+            assert [len(turn) for turn in cost.decode.turns] == [20, 5]
             assert cost.prefill_rate == cost.context * cost.batch / cost.prefill.summary.median
             assert cost.decode_rate == cost.batch / cost.decode.summary.median
             assert (cost.scorer is not None) == (subject.name == "laLTE")
@@ -127,6 +128,57 @@ def test_an_interrupted_run_goes_on(subjects: list[Subject], tmp_path: Path, mon
         assert [cost.to_dict() for cost in costs.costs][:2] == list(kept[name].values())
     measured(two, dataclasses.replace(plan, contexts=(8, 30)), logs=logs())
     assert rest[3:] == [0, 2]  # what was measured before counts whatever else is asked for now
+
+
+def test_speeds_are_kept_before_peaks_are_measured_and_peaks_one_by_one(
+    subjects: list[Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = subjects[:2]
+    plan = dataclasses.replace(PLAN, contexts=(8,), batch_sizes=(1,), steps=1, repeats=1, memory=True)
+
+    def logs() -> dict[str, SampleLog]:
+        return {subject.name: SampleLog(tmp_path / "log.jsonl", {"model": subject.name}) for subject in two}
+
+    peaks = iter([7 * MIB])
+
+    def killed(*_: Any, **__: Any) -> int:
+        try:
+            return next(peaks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(efficiency, "peak_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(two, plan, logs=logs())
+    kept = {name: log.records["8/1"] for name, log in logs().items()}
+    assert [record["peak_bytes"] for record in kept.values()] == [7 * MIB, None]
+    monkeypatch.setattr(efficiency, "peak_bytes", lambda *_, **__: 9 * MIB)
+    monkeypatch.setattr(efficiency._Group, "measure", lambda self, models: dict.fromkeys(models))  # nothing is left
+    found = measured(two, plan, logs=logs())
+    assert [costs.costs[0].peak_bytes for costs in found.values()] == [7 * MIB, 9 * MIB]
+    for name, costs in found.items():
+        assert costs.costs[0].to_dict() | {"peak_bytes": 0} == kept[name] | {"peak_bytes": 0}
+        assert logs()[name].records["8/1"]["peak_bytes"] is not None
+
+
+def test_what_was_cut_short_is_measured_again_with_more_time(subjects: list[Subject], tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, contexts=(8, 16), batch_sizes=(1,), repeats=2)
+
+    def measure(**changes: Any) -> ModelCosts:
+        log = SampleLog(tmp_path / "log.jsonl", {})
+        return measured(subjects[:1], dataclasses.replace(plan, **changes), logs={"GDN": log})["GDN"]
+
+    short = measure(limit=1e-9, longest=60.0)
+    assert [cost.prefill.warmed_up for cost in short.costs] == [False, False]
+    assert measure(limit=1e-9, longest=60.0).resumed == 2
+    kept = measure(limit=60.0, longest=1e-9)  # it would take too long now: better one reading than none
+    assert (kept.resumed, dict(kept.missing), kept.costs) == (2, {}, short.costs)
+    again = measure(limit=60.0)
+    assert again.resumed == 0
+    assert all(cost.is_whole(2, 25) and cost.limit == 60 for cost in again.costs)
+    assert measure(limit=90.0).resumed == measure(limit=1e-9).resumed == 2
+    old = {name: value for name, value in short.costs[0].to_dict().items() if name != "limit"}
+    assert Cost.from_dict(old).limit == 0
 
 
 def test_what_cannot_be_measured_is_named(subjects: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,9 @@ def test_a_directory_has_splits_by_file_name(tmp_path: Path, ending: str) -> Non
     assert list(load_text(str(tmp_path))) == ["train text\nno 0", "train text\nno 1"]
     with pytest.raises(ValueError, match=rf"cannot read {tmp_path} \(split test\): .* train, validation only"):
         load_text(tmp_path, split="test")
+    assert len(list(load_text(tmp_path, split=None))) == 4
+    with pytest.raises(ValueError, match="owner/name is a data set of the hub; give one of its splits"):
+        load_text("owner/name", split=None)
 
 
 def test_files_without_a_split_in_their_names_are_to_train_on(tmp_path: Path) -> None:

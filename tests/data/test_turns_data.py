@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.data.needle import NeedleTask
-from holdfast.data.ruler import Essays
-from holdfast.data.text import byte_tokenizer
-from holdfast.data.turns import NeedleTurns, TextTurns, TurnPlan
+from holdfast.data.ruler import NOISE, Essays
+from holdfast.data.text import byte_tokenizer, train_tokenizer
+from holdfast.data.turns import NeedleTurns, TextTurns, TurnPlan, fitting_plan
 
 TASK = NeedleTask(num_keys=40, num_values=8, num_noise=3)
 
@@ -85,12 +85,49 @@ def test_text_turns() -> None:
         assert told[question.key] == (question.expected, question.turn - question.back)
         lengths[question.turn] += len(question.told) + len(question.asked) + script.new_tokens
     assert len(told) == 12
-    assert all(480 < lengths[turn] <= 600 + 110 * (turn == 0) for turn in lengths)  # keys differ in length
-    assert 0.85 * script.length < sum(lengths.values()) <= script.length
+    assert all(480 < lengths[turn] <= 600 for turn in lengths)  # keys differ in length
     # What stands between the facts goes on from turn to turn.
     filler = [re.sub(r"One of the special magic numbers.*?\d\. ?", "", script.describe(q.told)) for q in questions[::2]]
     words = " ".join(part.split("quiz you about the numbers.")[-1].strip() for part in filler).split()
     assert words == " ".join(essays.between(0, len(words))).split()
+
+
+@pytest.mark.parametrize("length", [700, 1024, 3000])
+@pytest.mark.parametrize(
+    "essays", [None, Essays(["I am, and so are we all. " * 30, "Nobody understands harbours. " * 30])]
+)
+def test_no_turn_of_text_is_longer_than_was_asked_for(length: int, essays: Essays | None) -> None:
+    """Whatever the facts and the piece of the haystack that stands between them: some take more tokens than others."""
+    prose = "One of the special magic numbers for quiet-harbor is: 1234567. I am, and you were. " * 40
+    for tokenizer in (byte_tokenizer(), train_tokenizer([prose, NOISE * 20], 400, progress=False)):
+        script = TextTurns(TurnPlan(turns=6), tokenizer, length, essays=essays)
+        for index in range(3):
+            lengths: collections.Counter[int] = collections.Counter()
+            for question in script.conversation(1, index):
+                lengths[question.turn] += len(question.told) + len(question.asked) + script.new_tokens
+            assert max(lengths.values()) <= length
+            assert sum(lengths.values()) <= script.length
+            assert essays or min(lengths.values()) > 0.9 * length
+
+
+def test_a_turn_of_text_holds_what_its_shortest_length_says() -> None:
+    plan, tokenizer = TurnPlan(turns=3), byte_tokenizer()
+    shortest = TextTurns.shortest_turn(plan, tokenizer)
+    for index in range(5):
+        TextTurns(plan, tokenizer, shortest).conversation(0, index)
+    with pytest.raises(ValueError, match=f"need {shortest}"):
+        TextTurns(plan, tokenizer, shortest - 1)
+
+
+def test_the_plan_that_fits() -> None:
+    def fits(tokens: int) -> TurnPlan | None:
+        return fitting_plan(lambda plan: plan.turns * NeedleTurns.shortest_turn(plan) <= tokens, 8)
+
+    assert fits(8 * 13) == TurnPlan(turns=8, facts=4, questions=2)
+    assert fits(8 * 13 - 1) == TurnPlan(turns=7, facts=4, questions=2)
+    assert fits(2 * 13 - 1) == TurnPlan(turns=3, facts=2, questions=1)
+    assert fits(2 * 5) == TurnPlan(turns=2, facts=1, questions=1)
+    assert fits(2 * 5 - 1) is None
 
 
 def test_answers() -> None:

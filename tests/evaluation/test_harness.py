@@ -1,7 +1,12 @@
 """The model in lm-evaluation-harness says what the model itself says, in batches with pads."""
 
 import json
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from holdfast.data.text import byte_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'holdfast[eval]'")
 
+ROOT = Path(__file__).parents[2]
 PAIRS = [
     ("The cat sat", " on the mat"),
     ("a", "b"),
@@ -98,22 +104,55 @@ def test_generation_in_batches_of_different_lengths(harness: Any, checkpoint: Pa
 
 
 def test_the_command_runs_local_tasks(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "tasks").mkdir()
-    for name, kind, more in (("say", "generate_until", GENERATION), ("choose", "multiple_choice", CHOICE)):
-        task = TASK.format(name=name, folder=tmp_path, kind=kind, more=more)
-        (tmp_path / f"tasks/{name}.yaml").write_text(task)
-    samples = [{"question": f"Not {word} but", "answer": " hot"} for word in ("cold", "warm", "blue", "dry")]
-    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
-    options = (
-        f"--include_path {tmp_path}/tasks --tasks say,choose --batch_size 2 --device cpu --output_path {tmp_path}/out"
-    )
-    assert main(["evaluate", "lm-eval", str(checkpoint), *options.split()]) == 0
-    (written,) = tmp_path.glob("out/**/results_*.json")
-    found = json.loads(written.read_text())
+    assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 0
+    found = written(tmp_path)
     assert found["config"]["model"] == "holdfast"
     for name, metric in (("say", "exact_match,none"), ("choose", "acc,none")):
         assert 0 <= found["results"][name][metric] <= 1
         assert found["n-samples"][name]["effective"] == 4
+
+
+def test_the_harness_runs_saved_models_by_its_own_command(checkpoint: Path, tmp_path: Path) -> None:
+    """In a process that does not import holdfast, with the model `hf` and the same results."""
+    arguments = f"--model hf --model_args pretrained={checkpoint},trust_remote_code=True,dtype=float32".split()
+    subprocess.run([sys.executable, "-m", "lm_eval", "run", *arguments, *local_tasks(tmp_path)], check=True)
+    theirs = written(tmp_path)
+    assert theirs["config"]["model"] == "hf"
+    shutil.rmtree(tmp_path / "out")
+    assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 0
+    ours = written(tmp_path)
+    assert [ours["results"][name] for name in ("say", "choose")] == [theirs["results"][n] for n in ("say", "choose")]
+
+
+def test_the_entry_point_is_the_model() -> None:
+    """As lm-eval after 0.4.13 reads it: a placeholder that is loaded when the model is asked for."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import Registry, get_model
+
+    from holdfast.evaluation.harness import HoldfastLM
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    (entry,) = (EntryPoint(name, value, "lm_eval.models") for name, value in declared["lm_eval.models"].items())
+    registry: Registry[LM] = Registry("model", base_cls=LM)
+    registry.register(entry.name, target=entry)
+    assert registry.get("holdfast") is HoldfastLM is get_model("holdfast")
+
+
+def local_tasks(folder: Path) -> list[str]:
+    """Options for two tasks of files that are written into the folder."""
+    (folder / "tasks").mkdir(exist_ok=True)
+    for name, kind, more in (("say", "generate_until", GENERATION), ("choose", "multiple_choice", CHOICE)):
+        task = TASK.format(name=name, folder=folder, kind=kind, more=more)
+        (folder / f"tasks/{name}.yaml").write_text(task)
+    samples = [{"question": f"Not {word} but", "answer": " hot"} for word in ("cold", "warm", "blue", "dry")]
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    options = f"--include_path {folder}/tasks --tasks say,choose --batch_size 2 --device cpu --output_path {folder}/out"
+    return options.split()
+
+
+def written(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("out/**/results_*.json")
+    return json.loads(path.read_text())
 
 
 def test_no_model_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ def test_an_oracle_is_always_right() -> None:
     result = evaluate_needle(Recall(TASK), TASK, samples=20, batch_size=8, progress=True)
     assert result.total.accuracy == result.within.accuracy == result.beyond.accuracy == 1
     assert result.total.count == result.within.count + result.beyond.count == 20 * 6
+    assert result.total.effective < 30  # samples, not 120 independent answers
     assert sum(part.tally.count for part in result.bins) == 20 * 6
     assert result.total.perplexity == pytest.approx(1, abs=1e-5)
 

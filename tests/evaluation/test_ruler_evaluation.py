@@ -56,11 +56,21 @@ def test_part_and_all() -> None:
     (cell,) = evaluate(Listener(garble=lambda text: text.split(",")[0]), settings).cells
     assert cell.match_all.accuracy == 0.25
     assert cell.match_part.accuracy == 1
-    assert sum(share.count for share in cell.by_depth.values()) == 4 * 4
-    assert sum(share.correct for share in cell.by_depth.values()) == 4
+    assert {depth: share.count for depth, share in cell.by_depth.items()} == {0: 2, 100: 2}
     low, high = cell.match_all.interval
     assert low < 0.25 < high
     assert high - low > 0.5  # four samples, not sixteen independent answers
+
+
+def test_by_depth_counts_the_needle_that_was_placed_there() -> None:
+    """The three others of a sample lie anywhere, and whether they are found says nothing of the depth asked for."""
+    settings = dataclasses.replace(
+        SETTINGS, tasks=("niah_multiquery", "niah_multivalue"), lengths=(1400,), essays=ESSAYS, samples=3, new_tokens=90
+    )
+    for cell in evaluate(Listener(reach=450), settings).cells:
+        assert [share.count for share in cell.by_depth.values()] == [3, 3, 3]
+        assert [share.accuracy for share in cell.by_depth.values()] == [0, 0, 1]
+        assert 0 < cell.match_all.accuracy < 1
 
 
 def test_answers_are_cleaned_and_compared_without_case() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
+from holdfast.evaluation.sample_log import SampleLog, model_fingerprint, text_fingerprint
 
 
 def test_answers_are_found_again(tmp_path: Path) -> None:
@@ -76,3 +76,14 @@ def test_a_fingerprint_tells_models_apart_wherever_they_are(tmp_path: Path) -> N
     assert len({same[0], *others}) == 5
     (tmp_path / "a" / "recipe.toml").write_text("window = 6")
     assert model_fingerprint(tmp_path / "a") != same[0]
+
+
+def test_a_text_is_known_by_its_contents(tmp_path: Path) -> None:
+    for folder, last in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        (tmp_path / folder / "one.txt").write_text("same")
+        (tmp_path / folder / "deep" / "two.txt").write_text(last)
+    same, copy, other = (text_fingerprint(str(tmp_path / folder)) for folder in "abc")
+    assert same == copy != other
+    assert text_fingerprint(str(tmp_path / "a/one.txt")) == text_fingerprint(str(tmp_path / "b/one.txt"))
+    assert text_fingerprint("owner/name") == "owner/name"  # on the hub

@@ -59,4 +59,7 @@ def _accuracies(entry: Mapping[str, Any]) -> list[Accuracy]:
 
 
 def _sum(shares: list[Share]) -> Share:
-    return Share(sum(share.count for share in shares), sum(share.correct for share in shares))
+    effective = None
+    if any(share.effective is not None for share in shares):
+        effective = sum(share.count if share.effective is None else share.effective for share in shares)
+    return Share(sum(share.count for share in shares), sum(share.correct for share in shares), effective=effective)

@@ -43,6 +43,7 @@ class Cost:
         peak_bytes: beyond the weights while the context is read, the cache included; None: not measured.
         held: None for a model without softmax attention, whose memory is a state.
         scorer: share of the retention scorers in the time; None for a model without.
+        limit: seconds after which no further turn was taken; 0 where that was not noted.
     """
 
     context: int
@@ -53,6 +54,12 @@ class Cost:
     peak_bytes: int | None
     held: Held | None
     scorer: ScorerShare | None
+    limit: float = 0.0
+
+    def is_whole(self, repeats: int, steps: int) -> bool:
+        """Whether all was timed that was asked for; else the limit came first."""
+        warmed_up = self.prefill.warmed_up and self.decode.warmed_up
+        return warmed_up and len(self.prefill.turns) >= repeats and len(self.decode.samples) >= steps
 
     @property
     def prefill_rate(self) -> float:
@@ -74,7 +81,8 @@ class Cost:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cost:
         """Inverse of `to_dict`."""
-        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        values = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name != "limit"}
+        values["limit"] = data.get("limit", 0.0)  # which older logs do not have
         kinds = {"prefill": Timing, "decode": Timing, "held": Held, "scorer": ScorerShare}
         built = {name: None if values[name] is None else kind(**values[name]) for name, kind in kinds.items()}
         return cls(**values | built)

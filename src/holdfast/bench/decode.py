@@ -59,6 +59,7 @@ def _variant(model: Contender, context: int, cache: object, settings: DecodeSett
         partial(model.read, ids, cache),
         prepare=model.rewinding(cache),
         samples_per_turn=min(STEPS_PER_TURN, settings.steps),
+        samples=settings.steps,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ class EfficiencyPlan:
     Attributes:
         contexts: tokens read before the first step that is timed, rising.
         batch_sizes: rows read and generated at once.
-        steps: generated tokens of every row that are timed, in turns of 20.
+        steps: generated tokens of every row that are timed, in turns of 20 and what is left.
         repeats: readings of every context, after one to warm up.
         chunk: tokens of a row that a model reads in one call.
-        limit: seconds after which a model takes no further turn.
+        limit: seconds after which a model takes no further turn. What a log has that was cut short by a lower limit is
+            measured again.
         longest: seconds of one reading at the most. What is foreseen to take longer, or to need more memory than there
             is, is left out.
         memory: measure peaks too: each takes a further reading, off CUDA in a new process.
@@ -109,37 +110,85 @@ def measure_efficiency(
     Returns:
         Costs by name. A model's weights are loaded once, and all are held at the same time.
     """
-    logs = {subject.name: SampleLog(None, {}) for subject in subjects} if logs is None else logs
     torch.manual_seed(plan.seed)
     models = {subject.name: subject.load(device, dtype) for subject in subjects}
-    found: dict[str, dict[tuple[int, int], Cost]] = {name: {} for name in models}
-    missing: dict[str, dict[tuple[int, int], str]] = {name: {} for name in models}
-    resumed = dict.fromkeys(models, 0)
+    known = {name: _Known(SampleLog(None, {}) if logs is None else logs[name]) for name in models}
     pace: dict[tuple[str, int], Pace] = {}
     places = [(context, batch) for batch in plan.batch_sizes for context in sorted(set(plan.contexts))]
     with torch.no_grad():
         for number, (context, batch) in enumerate(places, start=1):
             where = f"{context:,} tokens × {batch} ({number} of {len(places)})"
             group = _Group(plan, context, batch, where, device, progress, pace)
-            ready: list[tuple[Subject, Holdfast]] = []
-            for subject in subjects:
-                model, log = models[subject.name], logs[subject.name]
-                costs = found[subject.name]
-                if (record := log.records.get(group.name)) is not None:
-                    costs[context, batch] = cost = Cost.from_dict(record)
-                    pace[model.name, batch] = (context, cost.prefill.summary.median)
-                    resumed[subject.name] += 1
-                elif reason := group.hopeless(model, [taken for _, taken in ready]):
-                    missing[subject.name][context, batch] = reason
-                else:
-                    ready.append((subject, model))
-            for name, cost in group.measure(ready).items():
-                found[name][context, batch] = cost
-                pace[name, batch] = (context, cost.prefill.summary.median)
-                logs[name].append({group.name: cost.to_dict()})
-    return {
-        subject.name: _described(subject, models[subject.name], plan, found, missing, resumed) for subject in subjects
-    }
+            for name, cost in group.measure(_to_measure(group, subjects, models, known)).items():
+                known[name].keep(cost)
+            if plan.memory:  # after all speeds are kept: a peak may be what ends this process
+                group.add_peaks(subjects, models, known)
+            for name, model in known.items():
+                if (found := model.costs.get((context, batch))) is not None:
+                    pace[name, batch] = (context, found.prefill.summary.median)
+    return {subject.name: _described(subject, models[subject.name], plan, known[subject.name]) for subject in subjects}
+
+
+@dataclass
+class _Known:
+    """What is known of one model by now.
+
+    Attributes:
+        log: where costs are kept, each as soon as it is measured.
+        costs: by context and batch size.
+        missing: why there is no cost.
+        resumed: costs that came from the log.
+    """
+
+    log: SampleLog
+    costs: dict[tuple[int, int], Cost] = field(default_factory=dict)
+    missing: dict[tuple[int, int], str] = field(default_factory=dict)
+    resumed: int = 0
+
+    def earlier(self, context: int, batch: int) -> Cost | None:
+        """What an earlier run measured."""
+        record = self.log.records.get(_name(context, batch))
+        return None if record is None else Cost.from_dict(record)
+
+    def take(self, cost: Cost) -> None:
+        """Use what an earlier run measured."""
+        self.costs[cost.context, cost.batch] = cost
+        self.resumed += 1
+
+    def keep(self, cost: Cost) -> None:
+        """Use what was measured now; it is in the log when this returns, in place of what may have been there."""
+        self.costs[cost.context, cost.batch] = cost
+        self.log.append({_name(cost.context, cost.batch): cost.to_dict()})
+
+
+def _name(context: int, batch: int) -> str:
+    """Of a cost, in the log."""
+    return f"{context}/{batch}"
+
+
+def _to_measure(
+    group: _Group, subjects: Sequence[Subject], models: Mapping[str, Holdfast], known: Mapping[str, _Known]
+) -> list[Holdfast]:
+    """The models whose speed is to be measured at this place; of the others it is known, or why it cannot be."""
+    plan, place = group.plan, (group.context, group.batch)
+    ready: list[Holdfast] = []
+    for subject in subjects:
+        model, found = models[subject.name], known[subject.name]
+        cost = found.earlier(*place)
+        if cost is not None:
+            group.pace[subject.name, group.batch] = (group.context, cost.prefill.summary.median)
+            # One that was cut short is measured again where there is more time now.
+            if cost.is_whole(plan.repeats, plan.steps) or cost.limit >= plan.limit:
+                found.take(cost)
+                continue
+        reason = group.hopeless(model, ready)
+        if reason is None:
+            ready.append(model)
+        elif cost is None:
+            found.missing[place] = reason
+        else:
+            found.take(cost)
+    return ready
 
 
 @dataclass(frozen=True)
@@ -159,7 +208,7 @@ class _Group:
     @property
     def name(self) -> str:
         """In the log."""
-        return f"{self.context}/{self.batch}"
+        return _name(self.context, self.batch)
 
     def hopeless(self, model: Holdfast, ready: Sequence[Holdfast]) -> str | None:
         """Why this model cannot be measured here beside those that are `ready`; None where it can."""
@@ -173,17 +222,10 @@ class _Group:
             return f"one reading would take about {seconds:,.3g} s, more than the {self.plan.longest:g} s allowed"
         return None
 
-    def measure(self, ready: Sequence[tuple[Subject, Holdfast]]) -> dict[str, Cost]:
-        """Costs by name, of models that take turns."""
-        costs = self._speeds([model for _, model in ready]) if ready else {}
-        if not self.plan.memory:
-            return costs
-        for subject, model in track(ready, f"memory, {self.where}", progress=self.progress):
-            costs[model.name] = dataclasses.replace(costs[model.name], peak_bytes=self._peak(subject, model))
-        return costs
-
-    def _speeds(self, models: Sequence[Holdfast]) -> dict[str, Cost]:
-        """All but the peaks; the caches are gone when it returns."""
+    def measure(self, models: Sequence[Holdfast]) -> dict[str, Cost]:
+        """Costs by name but for the peaks, of models that take turns; the caches are gone when it returns."""
+        if not models:
+            return {}
         caches: dict[str, HybridCache] = {}
         readings = [self._reading(model, caches) for model in models]
         prefill = self._timed(readings, f"prefill, {self.where}", self.plan.repeats)
@@ -200,9 +242,20 @@ class _Group:
                 peak_bytes=None,
                 held=at_first[model.name][1],
                 scorer=self._scorer_share(model, caches[model.name]),
+                limit=self.plan.limit,
             )
             for model in models
         }
+
+    def add_peaks(
+        self, subjects: Sequence[Subject], models: Mapping[str, Holdfast], known: Mapping[str, _Known]
+    ) -> None:
+        """Measure the peaks of the costs here that have none yet, and keep each at once."""
+        costs = {name: found.costs.get((self.context, self.batch)) for name, found in known.items()}
+        waiting = [(s, cost) for s in subjects if (cost := costs[s.name]) is not None and cost.peak_bytes is None]
+        for subject, cost in track(waiting, f"memory, {self.where}", progress=self.progress):
+            peak = self._peak(subject, models[subject.name])
+            known[subject.name].keep(dataclasses.replace(cost, peak_bytes=peak))
 
     def _bytes(self, model: Holdfast) -> int:
         """Of a cache, and half as much again: a layer's cache grows by copying it, and attention may copy its keys."""
@@ -235,7 +288,8 @@ class _Group:
 
     def _step(self, model: Holdfast, cache: HybridCache) -> Variant:
         step = partial(model.read, model.random_ids(self.batch, 1), cache)
-        return Variant(model.name, step, samples_per_turn=min(STEPS_PER_TURN, self.plan.steps))
+        steps = self.plan.steps
+        return Variant(model.name, step, samples_per_turn=min(STEPS_PER_TURN, steps), samples=steps)
 
     def _scorer_share(self, model: Holdfast, cache: HybridCache) -> ScorerShare | None:
         chunk = model.random_ids(self.batch, min(self.plan.chunk, self.context))
@@ -269,14 +323,7 @@ class _Reading:
         return vars(self) | {"model": None}
 
 
-def _described(
-    subject: Subject,
-    contender: Holdfast,
-    plan: EfficiencyPlan,
-    found: Mapping[str, Mapping[tuple[int, int], Cost]],
-    missing: Mapping[str, Mapping[tuple[int, int], str]],
-    resumed: Mapping[str, int],
-) -> ModelCosts:
+def _described(subject: Subject, contender: Holdfast, plan: EfficiencyPlan, known: _Known) -> ModelCosts:
     model = contender.model
     return ModelCosts(
         mixers=tuple(model.config.mixers),
@@ -285,7 +332,7 @@ def _described(
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         flops_per_token={context: flops_per_token(model, context) for context in sorted(set(plan.contexts))},
         scorer_flops_per_token=sum(layer.scorer_flops_per_token for layer in model.model.eviction_layers()),
-        costs=tuple(found[subject.name].values()),
-        missing=missing[subject.name],
-        resumed=resumed[subject.name],
+        costs=tuple(known.costs.values()),
+        missing=known.missing,
+        resumed=known.resumed,
     )

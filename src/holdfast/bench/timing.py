@@ -39,6 +39,7 @@ class Variant:
         prepare: what makes the state that a turn begins with; called at the beginning of every turn, not timed.
         samples_per_turn: calls of `run` that are timed in a turn. With several, one call that is not timed goes
             first, since it finds the caches full of what other variants have read.
+        samples: at the most, in all turns; the last turn times what is left of them. None: as many as the turns have.
         shortest_sample: seconds; with one sample per turn. Of work that takes less, it is the mean over as many calls
             as take that long, after two that are not counted: a single call of some microseconds measures the clock and
             cold caches. On CUDA the calls follow each other without waiting.
@@ -48,6 +49,7 @@ class Variant:
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
     samples_per_turn: int = 1
+    samples: int | None = None
     shortest_sample: float = 0.0
 
 
@@ -135,9 +137,10 @@ def measure(
         for turn in track(range(turns), description, progress=progress):
             for index in turn_order(len(variants), turn):
                 variant = variants[index]
-                if spent[variant.name] < limit:
+                left = _samples_left(variant, timings[variant.name])
+                if spent[variant.name] < limit and left:
                     started = time.perf_counter()
-                    timings[variant.name].turns.append(_take_turn(variant, clock))
+                    timings[variant.name].turns.append(_take_turn(variant, left, clock))
                     spent[variant.name] += time.perf_counter() - started
     return timings
 
@@ -149,13 +152,20 @@ def turn_order(count: int, turn: int) -> list[int]:
     return [(turn + index) % count for index in range(count)]
 
 
-def _take_turn(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> list[float]:
+def _samples_left(variant: Variant, timing: Timing) -> int:
+    """That the next turn takes."""
+    if variant.samples is None:
+        return variant.samples_per_turn
+    return min(variant.samples_per_turn, variant.samples - len(timing.samples))
+
+
+def _take_turn(variant: Variant, samples: int, clock: Callable[[Callable[[], object]], float]) -> list[float]:
     variant.prepare()
     if variant.shortest_sample:
         return [_sample_short_work(variant, clock)]
     if variant.samples_per_turn > 1:
         variant.run()
-    return [clock(variant.run) for _ in range(variant.samples_per_turn)]
+    return [clock(variant.run) for _ in range(samples)]
 
 
 def _sample_short_work(variant: Variant, clock: Callable[[Callable[[], object]], float]) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from holdfast.cli.allocation import keep_freed_memory
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, one_line
 
 __all__ = ["COMMANDS", "main"]
 
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _complain(_one_line(error), 2 if isinstance(error, UsageError) else 1)
+        advice = " (--debug shows where)"
+        return _complain(one_line(error, advice), 2 if isinstance(error, UsageError) else 1)
     return 0
 
 
@@ -100,10 +101,3 @@ def _dispatch(arguments: list[str]) -> None:
 def _complain(message: str, status: int) -> int:
     print(f"holdfast: {message}", file=sys.stderr)
     return status
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    # Messages of this library are sentences; of other exceptions the name says more than the bare text.
-    expected = isinstance(error, ValueError | RuntimeError | OSError) and text
-    return text if expected else f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

@@ -68,7 +68,7 @@ class TextSource(Protocol):
 
 
 def load_text(
-    path_or_hub_name: str | Path, *, split: str = "train", text_column: str = "text", config: str | None = None
+    path_or_hub_name: str | Path, *, split: str | None = "train", text_column: str = "text", config: str | None = None
 ) -> TextSource:
     """Open a corpus: a local file, a directory of files, or a data set on the Hugging Face hub, which is streamed.
 
@@ -77,14 +77,15 @@ def load_text(
             .jsonl and .txt also as .gz or .zst; a directory of them, at any depth; or the name of a data set.
         split: a file is read whole, whatever its name. In a directory, the files are read whose path tells this split
             (`train.parquet`, `validation/17.txt`; the rule is that of `holdfast.data.splits`); where no path tells a
-            split, all are `train`. On the hub it is a split of that data set.
+            split, all are `train`. None: all files of a directory, whatever their names. On the hub it is a split of
+            that data set.
         text_column: the column that holds the text.
         config: configuration of a hub data set, such as `sample-100BT`.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: the file type is unknown, there is no such split, the corpus cannot be read, or its rows have no
-            such column.
+        ValueError: the file type is unknown, there is no such split (or None for a data set of the hub), the corpus
+            cannot be read, or its rows have no such column.
     """
     name = str(path_or_hub_name)
     path = Path(name).expanduser()
@@ -99,6 +100,8 @@ def load_text(
             f"{name} does not exist; give a file, a directory of text files or the name of a hub data set "
             "(for a recipe: --data.source DIR)."
         )
+    if split is None:
+        raise ValueError(f"{name} is a data set of the hub; give one of its splits.")
     return HubText(name, split, text_column, config)
 
 
@@ -283,7 +286,7 @@ def _fault(text: Any) -> str | None:
     return None
 
 
-def _local_files(path: Path, split: str) -> list[Path]:
+def _local_files(path: Path, split: str | None) -> list[Path]:
     if path.is_dir():
         return files_of_split(path, split)
     if reader_of(path) is None:

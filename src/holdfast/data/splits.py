@@ -27,8 +27,8 @@ KEYWORDS = {
 }
 
 
-def files_of_split(directory: Path, split: str) -> list[Path]:
-    """The text files of a split, at any depth, in the order of their paths.
+def files_of_split(directory: Path, split: str | None) -> list[Path]:
+    """The text files of a split (None: all text files), at any depth, in the order of their paths.
 
     What is left out of every split, for want of a name or of a known type, is counted in one warning.
 
@@ -39,6 +39,8 @@ def files_of_split(directory: Path, split: str) -> list[Path]:
     found = [file for file in files if reader_of(file) is not None]
     if not found:
         raise ValueError(f"{directory} holds no text files; give a directory of {', '.join(ENDINGS)} files.")
+    if split is None:
+        return found
     splits = {file: _split_of(file.relative_to(directory)) for file in found}
     told = {name: file for file, name in splits.items() if name is not None}
     if not told:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from holdfast.data.key_words import ADJECTIVES, NOUNS
 from holdfast.data.needle import NeedleTask
 from holdfast.data.ruler import NEEDLE, NOISE, Essays, draw, units_that_fit
 
-__all__ = ["NeedleTurns", "Question", "TextTurns", "TurnPlan", "TurnScript"]
+__all__ = ["NeedleTurns", "Question", "TextTurns", "TurnPlan", "TurnScript", "fitting_plan"]
 
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
@@ -160,7 +160,7 @@ class NeedleTurns:
     tokenizer = None
 
     def __init__(self, plan: TurnPlan, task: NeedleTask, turn_length: int, *, asides: bool = False) -> None:
-        shortest = 2 * plan.facts + 1 + 2 * plan.questions
+        shortest = self.shortest_turn(plan)
         if turn_length < shortest:
             raise ValueError(
                 f"a turn has {turn_length} tokens; {plan.facts} facts and {plan.questions} questions need {shortest}."
@@ -177,13 +177,18 @@ class NeedleTurns:
         self.length = 1 + plan.turns * turn_length
         self.vocab_size = task.vocab_size
 
+    @staticmethod
+    def shortest_turn(plan: TurnPlan) -> int:
+        """Tokens of a turn without noise."""
+        return 2 * plan.facts + 1 + 2 * plan.questions
+
     def conversation(self, seed: int, index: int) -> list[Question]:
         """See `TurnScript.conversation`."""
         task, plan = self.task, self.plan
         rng = random.Random(f"{seed}/{index}")
         keys = [task.first_key_id + key for key in rng.sample(range(task.num_keys), plan.turns * plan.facts)]
         values = [task.first_value_id + rng.randrange(task.num_values) for _ in keys]
-        noise = self.turn_length - 2 * plan.facts - 1 - 2 * plan.questions
+        noise = self.turn_length - self.shortest_turn(plan)
         questions = []
         for turn, asked in enumerate(plan.asked(rng)):
             told = range(turn * plan.facts, (turn + 1) * plan.facts)
@@ -220,8 +225,8 @@ class TextTurns:
     Args:
         plan: turns, facts told and facts asked for.
         tokenizer: of the model.
-        turn_length: tokens of a turn at the most, questions and room for the answers included; the introduction of the
-            first is made up for by all.
+        turn_length: tokens of a turn at the most: questions, room for the answers, and the introduction of the first
+            included.
         essays: what stands between the facts, going on from turn to turn; None: RULER's noise.
         new_tokens: tokens of an answer at the most; it also ends at a line break.
         asides: see `TurnScript`.
@@ -248,24 +253,36 @@ class TextTurns:
         self.new_tokens = new_tokens
         self.asides = asides
         self._essays = Essays([NOISE]) if essays is None else essays
-        longest = "-".join(max(words, key=self._tokens) for words in (ADJECTIVES, NOUNS))
-        example = [(longest, "1234567")] * plan.facts
-        asked = f"{LINE_BREAK}{ASKED.format(key=longest)}"
-        introduction = self._tokens(INTRODUCTION) / plan.turns  # all turns give way to it
-        room = turn_length - plan.questions * (self._tokens(asked) + new_tokens) - math.ceil(introduction)
-
-        def tokens(words: int) -> int:
-            return self._tokens(self._passage(example, 1, words, random.Random(0)))
-
-        self._words, _ = units_that_fit(tokens, room, 32)
-        if room < tokens(0):
+        shortest = self.shortest_turn(plan, tokenizer, new_tokens)
+        if turn_length < shortest:
             raise ValueError(
                 f"a turn has {turn_length} tokens; {plan.facts} facts and {plan.questions} questions with answers "
-                f"need {turn_length - room + tokens(0)}."
+                f"need {shortest}."
             )
+        facts = _long_facts(plan.facts, tokenizer)
+        room = turn_length - _length(tokenizer, _asked(facts[0][0])) * plan.questions - new_tokens * plan.questions
+
+        def tokens(words: int) -> int:
+            return _length(tokenizer, self._passage(facts, 1, range(words), random.Random(0)))
+
+        self._words, self._tokens_per_word = units_that_fit(tokens, room, 32)
+
+    @staticmethod
+    def shortest_turn(plan: TurnPlan, tokenizer: Any, new_tokens: int = 16) -> int:
+        """Tokens that a turn needs at least: those of the first, which also introduces the task, with no haystack."""
+        facts = _long_facts(plan.facts, tokenizer)
+        told = LINE_BREAK + " ".join(_told(*fact) for fact in facts)
+        answered = _length(tokenizer, _asked(facts[0][0])) + new_tokens
+        return _length(tokenizer, INTRODUCTION + told) + plan.questions * answered
 
     def conversation(self, seed: int, index: int) -> list[Question]:
-        """See `TurnScript.conversation`."""
+        """See `TurnScript.conversation`.
+
+        A few passes of the tokenizer over every passage: its haystack shrinks until the turn has its length.
+
+        Raises:
+            ValueError: the facts and questions of a turn take more tokens than it has.
+        """
         plan = self.plan
         rng = random.Random(f"{seed}/{index}")
         keys: list[str] = []
@@ -273,16 +290,38 @@ class TextTurns:
             keys.append(draw("words", rng, keys))
         facts = [(key, draw("numbers", rng)) for key in keys]
         questions: list[Question] = []
-        for turn, asked in enumerate(plan.asked(rng)):
+        words = range(0)
+        for turn, picked in enumerate(plan.asked(rng)):
+            asked = [facts[earlier * plan.facts + number] for earlier, number in picked]
+            ids = [self._ids(_asked(key), special=False) for key, _ in asked]
+            room = self.turn_length - sum(map(len, ids)) - self.new_tokens * len(ids)
             told = facts[turn * plan.facts : (turn + 1) * plan.facts]
-            text = self._passage(told, turn, self._words, rng)
-            passage = tuple(self.tokenizer(text, add_special_tokens=turn == 0).input_ids)
-            for earlier, number in asked:
-                key, value = facts[earlier * plan.facts + number]
-                ids = self.tokenizer(f"{LINE_BREAK}{ASKED.format(key=key)}", add_special_tokens=False).input_ids
-                questions.append(Question(passage, tuple(ids), key, value, turn, turn - earlier))
+            words, passage = self._filled(told, turn, words.stop, room, f"{seed}/{index}/{turn}")
+            for (key, value), (earlier, _), tokens in zip(asked, picked, ids, strict=True):
+                questions.append(Question(passage, tokens, key, value, turn, turn - earlier))
                 passage = ()
         return questions
+
+    def _filled(
+        self, facts: Sequence[tuple[str, str]], turn: int, start: int, room: int, places: str
+    ) -> tuple[range, tuple[int, ...]]:
+        """The passage of a turn in `room` tokens, and which words of the haystack stand in it, from `start` on.
+
+        `places` seeds where the facts stand.
+        """
+        count = self._words
+        while True:
+            words = range(start, start + count)
+            ids = self._ids(self._passage(facts, turn, words, random.Random(places)), special=turn == 0)
+            excess = len(ids) - room
+            if excess <= 0:
+                return words, ids
+            if not count:
+                raise ValueError(
+                    f"turn {turn} has {self.turn_length} tokens, and its facts and questions with answers take "
+                    f"{self.turn_length + excess}; give longer turns, or fewer facts or questions."
+                )
+            count = max(0, count - math.ceil(excess / self._tokens_per_word))
 
     def describe(self, ids: Sequence[int]) -> str:
         """The text of the tokens."""
@@ -295,15 +334,54 @@ class TextTurns:
     def to_dict(self) -> dict[str, Any]:
         """See `TurnScript.to_dict`."""
         own = {name: getattr(self, name) for name in ("turn_length", "new_tokens", "asides")}
-        return {"kind": "text", **asdict(self.plan), **own, "haystack_sha256": self._essays.sha256}
+        # The version changes when the same settings make other conversations, so that logs do not mix them.
+        return {"kind": "text", "version": 2, **asdict(self.plan), **own, "haystack_sha256": self._essays.sha256}
 
-    def _passage(self, facts: Sequence[tuple[str, str]], turn: int, words: int, rng: random.Random) -> str:
-        """Facts at random places of the turn's words."""
-        sentences = self._essays.between(turn * words, (turn + 1) * words)
+    def _passage(self, facts: Sequence[tuple[str, str]], turn: int, words: range, rng: random.Random) -> str:
+        """Facts at random places of these words of the haystack."""
+        sentences = self._essays.between(words.start, words.stop)
         for key, value in facts:
-            needle = NEEDLE.format(values="numbers", key=key, value=value)
-            sentences.insert(rng.randrange(len(sentences) + 1), needle)
+            sentences.insert(rng.randrange(len(sentences) + 1), _told(key, value))
         return (INTRODUCTION if turn == 0 else "") + LINE_BREAK + " ".join(sentences)
 
-    def _tokens(self, text: str) -> int:
-        return len(self.tokenizer(text).input_ids)
+    def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def fitting_plan(fits: Callable[[TurnPlan], bool], most: int) -> TurnPlan | None:
+    """The plan of at most `most` turns, and of at least two where `most` allows them, that `fits`; None without any.
+
+    Four facts and two questions in a turn where that fits with some number of turns, else two and one, else one and
+    one; of these the one with the most turns.
+    """
+    for facts, questions in ((4, 2), (2, 1), (1, 1)):
+        for turns in range(most, min(most, 2) - 1, -1):
+            plan = TurnPlan(turns=turns, facts=facts, questions=questions)
+            if fits(plan):
+                return plan
+    return None
+
+
+def _told(key: str, value: str) -> str:
+    return NEEDLE.format(values="numbers", key=key, value=value)
+
+
+def _asked(key: str) -> str:
+    return LINE_BREAK + ASKED.format(key=key)
+
+
+def _long_facts(count: int, tokenizer: Any) -> list[tuple[str, str]]:
+    """Facts with as many tokens as any have, nearly: the longest words, and the longest of many numbers."""
+    rng = random.Random(0)
+    key = "-".join(_longest(words, tokenizer) for words in (ADJECTIVES, NOUNS))
+    return [(key, _longest([draw("numbers", rng) for _ in range(100)], tokenizer))] * count
+
+
+def _longest(texts: Sequence[str], tokenizer: Any) -> str:
+    """The text with the most tokens."""
+    lengths = map(len, tokenizer(list(texts)).input_ids)
+    return max(zip(lengths, texts, strict=True), key=lambda pair: pair[0])[1]
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text).input_ids)

@@ -1,4 +1,10 @@
-"""The models in EleutherAI's lm-evaluation-harness, as its model `holdfast`. Needs `pip install 'holdfast[eval]'`."""
+"""The models in EleutherAI's lm-evaluation-harness, as its model `holdfast`. Needs `pip install 'holdfast[eval]'`.
+
+`holdfast evaluate lm-eval` runs the harness with this model in it. The harness's own command knows models of other
+packages by entry points in the group `lm_eval.models`, as pyproject.toml declares this one, only in versions after
+0.4.13, where `lm-eval run --model holdfast` works; with 0.4.13 and before it takes
+`lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers.
+"""
 
 from __future__ import annotations
 

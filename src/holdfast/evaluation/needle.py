@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
-from holdfast.evaluation.intervals import Share, draw_shares
+from holdfast.evaluation.intervals import Share, draw_shares, effective_count
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 
@@ -44,7 +44,8 @@ class Tally(Share):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Tally":
         """Inverse of `to_dict`."""
-        return cls(count=data["count"], correct=data["correct"], nll=data["nll"])
+        effective = data.get("effective")
+        return cls(count=data["count"], correct=data["correct"], nll=data["nll"], effective=effective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +191,11 @@ def _result(task: NeedleTask, records: Sequence[Mapping[str, Any]], seed: int) -
         np.concatenate([np.asarray(record[name], dtype=np.float64) for record in records])
         for name in ("distance", "correct", "nll")
     )
+    sample = np.arange(len(records)).repeat(task.answers)
 
     def tally(selected: np.ndarray) -> Tally:
-        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()))
+        effective = effective_count(sample[selected], correct[selected])
+        return Tally(int(selected.sum()), int(correct[selected].sum()), float(nll[selected].sum()), effective=effective)
 
     edges = _distance_edges(task)
     return NeedleResult(

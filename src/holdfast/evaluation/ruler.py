@@ -80,7 +80,8 @@ class RulerCell:
         match_all: mean share of the values asked for that the answer holds: RULER's `string_match_all`, its score
             for these tasks.
         match_part: samples whose answer holds at least one of them: RULER's `string_match_part`.
-        by_depth: values found, by the depth (one of the settings) that theirs is closest to.
+        by_depth: needles found, by the depth of the settings at which they were placed: of several answers of a sample
+            the first only, since the others lie at random depths. So every depth has as many needles as samples.
         tokens: mean length of the prompts.
     """
 
@@ -175,7 +176,7 @@ def evaluate_ruler(
             samples = [samplers[task, length].sample(place.depth, place.index) for place in batch]
             log.append(_answered(model, tokenizer, batch, samples, settings.new_tokens))
     cells = [
-        _cell(task, length, settings.depths, [log.records[str(place)] for place in places if _is(place, task, length)])
+        _cell(task, length, [(at.depth, log.records[str(at)]) for at in places if _is(at, task, length)])
         for task, length in itertools.product(settings.tasks, settings.lengths)
     ]
     return RulerResult(tuple(cells), len(places) - sum(map(len, batches)))
@@ -259,12 +260,13 @@ def _answered(
     }
 
 
-def _cell(task: str, length: int, depths: Sequence[float], records: Sequence[Mapping[str, Any]]) -> RulerCell:
+def _cell(task: str, length: int, answered: Sequence[tuple[float, Mapping[str, Any]]]) -> RulerCell:
+    """What was found, from the depth asked for and the record of every sample."""
+    records = [record for _, record in answered]
     found = [float(np.mean(record["found"])) for record in records]
-    by_depth: dict[float, list[bool]] = {depth: [] for depth in sorted(depths)}
-    for record in records:
-        for depth, hit in zip(record["depths"], record["found"], strict=True):
-            by_depth[min(by_depth, key=lambda step: abs(step - depth))].append(hit)
+    by_depth: dict[float, list[bool]] = {depth: [] for depth in sorted({depth for depth, _ in answered})}
+    for depth, record in answered:
+        by_depth[depth].append(record["found"][0])
     return RulerCell(
         task,
         length,

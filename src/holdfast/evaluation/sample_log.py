@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SampleLog", "model_fingerprint"]
+__all__ = ["SampleLog", "file_hash", "model_fingerprint", "text_fingerprint"]
 
 
 class SampleLog:
@@ -73,9 +73,32 @@ def model_fingerprint(directory: str | os.PathLike[str]) -> str:
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "recipe.toml", "*.safetensors")
     for path in sorted(found for name in names for found in folder.glob(name)):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path) or ""))
     return digest.hexdigest()[:16]
+
+
+def text_fingerprint(source: str) -> str:
+    """Another one when a text has other contents: of a file, or of all files of a directory by their paths in it.
+
+    It reads them all; O(bytes). A name on the hub stands for itself.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return str(file_hash(path))
+    if not path.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for file in sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(f"{file.relative_to(path)} {file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of a file's bytes; None where there is no file."""
+    if not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

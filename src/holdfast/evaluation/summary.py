@@ -45,6 +45,7 @@ class PartResult:
         machine: `describe_machine()` of then.
         seconds: that it took.
         skipped: why it was not done; None where it was.
+        files: SHA-256 of what it wrote into the directory of the results, by name.
     """
 
     title: str
@@ -54,6 +55,7 @@ class PartResult:
     machine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     skipped: str | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -15,7 +15,7 @@ from holdfast.data.progress import track
 from holdfast.data.turns import Question, TurnScript
 from holdfast.evaluation.conversation import Conversation, line_break_tokens
 from holdfast.evaluation.inference import evaluating
-from holdfast.evaluation.intervals import Share, draw_shares
+from holdfast.evaluation.intervals import Share, draw_shares, effective_count
 from holdfast.evaluation.limits import check_length
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
@@ -157,10 +157,12 @@ def _held(
 
 
 def _summary(records: Sequence[Mapping[str, Any]], *, resumed: int) -> TurnsResult:
-    questions = [question for record in records for question in record["questions"]]
+    questions = [question | {"of": number} for number, record in enumerate(records) for question in record["questions"]]
 
     def share(selected: list[dict[str, Any]]) -> Share:
-        return Share(len(selected), sum(question["right"] for question in selected))
+        right = [question["right"] for question in selected]
+        effective = effective_count([question["of"] for question in selected], right)
+        return Share(len(selected), sum(right), effective=effective)
 
     def by(name: str) -> dict[int, Share]:
         values = sorted({question[name] for question in questions})

@@ -10,6 +10,7 @@ import tyro
 
 from holdfast.cli.common import model_directory
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import check_command
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity
@@ -69,7 +70,9 @@ def run(arguments: Sequence[str]) -> None:
     """Parse and run one of the evaluations."""
     if arguments and arguments[0] == "lm-eval":  # whose options are not known here
         return _lm_eval(arguments[1:])
-    parse(EVALUATIONS, arguments or ["--help"], prog="holdfast evaluate", description=DESCRIPTION).run()
+    command = parse(EVALUATIONS, arguments or ["--help"], prog="holdfast evaluate", description=DESCRIPTION)
+    check_command(command)
+    command.run()
 
 
 def _lm_eval(arguments: Sequence[str]) -> None:

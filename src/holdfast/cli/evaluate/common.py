@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from holdfast.evaluation.sample_log import SampleLog
 
 PICTURES = (".png", ".svg", ".pdf")
+OUTPUTS = ("json", "plot", "pareto")
+"""Options of the evaluations that name files to write."""
 
 
 @contextmanager
@@ -90,20 +94,66 @@ def refuse_lengths(directories: Iterable[Path], tokens: int, beyond: bool) -> No
 
 
 def read_haystack(sources: Sequence[str]) -> Essays | None:
-    """The texts of files, directories or data sets on the hub, as `load_text` reads them; None without any."""
+    """The texts of files, of all text files in directories, or of data sets on the hub (their split `train`), as
+    `load_text` reads them; None without any.
+    """
     from holdfast.data.ruler import Essays
     from holdfast.data.text import load_text
 
     if not sources:
         return None
     with usage_errors():
-        return Essays([text for source in sources for text in load_text(source) if isinstance(text, str)])
+        found = [load_text(source, split=None if Path(source).expanduser().exists() else "train") for source in sources]
+        return Essays([text for texts in found for text in texts if isinstance(text, str)])
 
 
 def check_picture(path: Path | None, option: str = "--plot") -> None:
     """Refuse before anything is measured a picture that could not be drawn afterwards."""
     if path is not None and path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option} is {path}; give a file that ends in {', '.join(PICTURES)}.")
+
+
+def check_command(command: Any) -> None:
+    """Refuse before anything is measured what would fail after hours: files that cannot be written, and a seed below 0.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name in OUTPUTS:
+        if (path := getattr(command, name, None)) is not None:
+            check_file(path, f"--{name}")
+    seed = getattr(command, "seed", None)
+    if seed is not None and seed < 0:
+        raise UsageError(f"--seed is {seed}; give 0 or more.")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse a path at which no file can be written; nothing is made.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} is {path}, which is a directory; give a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"{option} is {path}, but {folder} is a file and no directory.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} is {path}, but nothing can be written in {folder}.")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a directory that results go to.
+
+    Raises:
+        UsageError: naming the option, if that cannot be, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} is {folder}, where nothing can be written ({error.strerror}).") from error
 
 
 def require_positive(settings: Any, *names: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from holdfast.bench.settings import BenchSettings, SizeName
 from holdfast.cli.bench import format_rate, format_seconds
-from holdfast.cli.common import format_bytes, format_count, output_console, quieten_transformers
+from holdfast.cli.common import error_console, format_bytes, format_count, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     check_picture,
@@ -48,7 +49,7 @@ class Efficiency:
     models: tyro.conf.Positional[tuple[str, ...]] = ()
     """Directories of trained models; none: untrained ones of --size."""
     size: SizeName = "43m"
-    """Of untrained models. 43m: 12 layers, hidden size 512."""
+    """Of untrained models. 30m: 8 layers, hidden size 512, 30 million parameters each; 43m: 12 layers, 46 million."""
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     """Tokens read before the steps that are timed."""
     batch_sizes: tuple[int, ...] = (1,)
@@ -60,7 +61,7 @@ class Efficiency:
     chunk: int = 2048
     """Tokens that a model reads in one call."""
     limit: float = 60.0
-    """Seconds after which a model takes no further turn at a context."""
+    """Seconds after which a model takes no further turn at a context. What a lower one cut short is measured again."""
     longest: float | None = None
     """Seconds that reading a context once may take; one that would take longer, or needs more memory than is free, is
     not measured. Left out: --limit."""
@@ -103,8 +104,8 @@ class Efficiency:
         """Measure, and show tables; returns them."""
         from holdfast.bench.efficiency import EfficiencyPlan, measure_efficiency
 
-        accuracies = self._accuracies()
         subjects = self._subjects()
+        accuracies = self._accuracies([subject.name for subject in subjects])
         with usage_errors():
             device, dtype = BenchSettings(
                 device=self.device, dtype=self.dtype, threads=self.threads, seed=self.seed
@@ -127,13 +128,20 @@ class Efficiency:
         self._draw(results, accuracies, settings["dtype"])
         return tables
 
-    def _accuracies(self) -> dict[str, list[Accuracy]]:
+    def _accuracies(self, names: Sequence[str]) -> dict[str, list[Accuracy]]:
+        """Of the models with these names; checked now, since to measure costs may take hours."""
         from holdfast.bench.accuracy import read_accuracies
 
         if self.accuracy is None:
             return {}
         with usage_errors():
-            return read_accuracies(self.accuracy)
+            found = read_accuracies(self.accuracy)
+        if not found.keys() & set(names):
+            others = ", ".join(found) or "no model"
+            raise UsageError(
+                f"{self.accuracy} has accuracies of {others}, not of {', '.join(names)}; give another file."
+            )
+        return found
 
     def _subjects(self) -> list[Subject]:
         from holdfast.bench.efficiency import Subject
@@ -157,11 +165,22 @@ class Efficiency:
         from holdfast.bench.plots import machine_line
         from holdfast.machine import describe_machine
 
-        with usage_errors():
-            if self.plot is not None:
+        # What was measured is shown and written by now, and stays so where it is too little for a picture.
+        if self.plot is not None:
+            with _remark("--plot"):
                 plot_costs(results, self.plot, machine=machine_line(describe_machine(), dtype))
-            if self.pareto is not None:
+        if self.pareto is not None:
+            with _remark("--pareto"):
                 plot_pareto(pareto_points(results, accuracies), self.pareto)
+
+
+@contextmanager
+def _remark(option: str) -> Iterator[None]:
+    """Say why a picture is not drawn."""
+    try:
+        yield
+    except ValueError as error:
+        error_console().print(f"{option} is not drawn: {error}", soft_wrap=True)
 
 
 def _speed_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:

@@ -41,7 +41,8 @@ class TextOptions:
     """RULER's names: niah_single_1 (noise), _2 (essays), _3 (essays, UUIDs), niah_multikey_1, _2, _3, niah_multivalue,
     niah_multiquery; or all."""
     haystack: tuple[str, ...] = ()
-    """Texts for the tasks with essays: files (txt, parquet, jsonl), directories, or data sets on the hub."""
+    """Texts for the tasks with essays: files (txt, parquet, jsonl), directories (all their text files), or data sets on
+    the hub (split train)."""
     depths: tuple[float, ...] = tuple(range(0, 101, 10))
     """Where the needle lies, in percent of the haystack."""
     new_tokens: int = 128

@@ -140,7 +140,8 @@ def block_length(directories: Sequence[Path], given: int | None, beyond: bool) -
 
 def _show(directory: Path, result: PerplexityResult, length: int) -> Table:
     """One row per bin of positions."""
-    table = Table(title=f"{directory}: {result.tokens:,} tokens in {result.blocks:,} blocks of {length:,}")
+    name = shown_names([directory])[directory]
+    table = Table(title=f"{name}: {result.tokens:,} tokens in {result.blocks:,} blocks of {length:,}")
     for heading in ("positions", "tokens", "perplexity"):
         table.add_column(heading, justify="right")
     for part in result.bins:

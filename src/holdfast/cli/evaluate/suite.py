@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console
-from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import model_directories, reads_text, require_positive, shown_names
-from holdfast.cli.evaluate.efficiency import Efficiency
-from holdfast.cli.evaluate.needle import Needle, OwnTaskOptions, TextOptions
-from holdfast.cli.evaluate.perplexity import Perplexity
-from holdfast.cli.evaluate.recall import Recall
-from holdfast.cli.evaluate.scorers import Scorers
-from holdfast.cli.evaluate.turns import Turns
+from holdfast.cli.errors import UsageError, one_line
+from holdfast.cli.evaluate.common import check_folder, model_directories, require_positive, shown_names
+from holdfast.cli.evaluate.needle import OwnTaskOptions, TextOptions
+from holdfast.cli.evaluate.parts import Evaluation, Part, plan_parts
 
 if TYPE_CHECKING:
     from holdfast.evaluation.summary import PartResult
@@ -30,23 +24,8 @@ PartName = Literal["needle", "turns", "perplexity", "recall", "scorers", "effici
 PARTS: tuple[PartName, ...] = ("needle", "turns", "perplexity", "recall", "scorers", "efficiency")
 UNSHOWN = ("models", "model", "json", "plot", "pareto", "accuracy", "progress", "size")
 """Options of the evaluations that no number follows from, but for the models, which have fingerprints."""
-
-
-class Evaluation(Protocol):
-    """A command of `holdfast evaluate`."""
-
-    def run(self) -> list[Table]: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """One evaluation of some of the models, or why it cannot be done."""
-
-    title: str
-    name: str
-    """Of its files."""
-    models: tuple[Path, ...]
-    make: Callable[[], Evaluation] | str
+TEXTS = ("data", "haystack")
+"""Options that name texts, whose contents count and not where they lie."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +34,8 @@ class All:
     commit. What does not fit is left out, and the page says why.
 
     Each evaluation leaves its numbers in the output directory. A run that was interrupted goes on there, and what was
-    measured of the same models with the same settings is not measured again."""
+    measured of the same models and texts with the same settings is not measured again. An evaluation that fails is
+    left out too, and the others go on."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Directories of trained models."""
@@ -64,18 +44,22 @@ class All:
     parts: tuple[PartName, ...] = PARTS
     """What to evaluate."""
     data: str | None = None
-    """Text for perplexity, and for the scorers of models that read text: a file, a directory, or a hub data set."""
+    """Text for perplexity, and for the scorers of models that read text: a file, a directory, or a hub data set. Blocks
+    have the length that a model was trained on, at most 2,048 tokens."""
     split: str = "validation"
     """Split of the text; a single file is read whole."""
     squad: str | None = None
     """SQuAD's published JSON, or samples in parquet or jsonl, for recall."""
     haystack: tuple[str, ...] = ()
-    """Texts for RULER's tasks with essays: files, directories or hub data sets."""
+    """Texts for RULER's tasks with essays, and between the facts of several turns: files, directories (all their text
+    files) or hub data sets."""
     length: int | None = None
     """Tokens of RULER's samples; left out: what the models that read text were trained on."""
     samples: int = 256
     """Of the needle task and of recall; a hundredth of them for each depth of RULER's needles, an eighth of them
     conversations and blocks of text."""
+    turns: int = 8
+    """Of a conversation at the most; fewer, with fewer facts if need be, where models were trained on short texts."""
     contexts: tuple[int, ...] = (1024, 4096)
     """Tokens read before speed and memory are measured."""
     batch_sizes: tuple[int, ...] = (1,)
@@ -88,7 +72,7 @@ class All:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        require_positive(self, "length", "samples", "contexts", "batch_sizes")
+        require_positive(self, "length", "samples", "turns", "contexts", "batch_sizes")
         if not self.limit > 0:
             raise UsageError(f"--limit is {self.limit:g}; give more than 0 seconds.")
 
@@ -96,21 +80,23 @@ class All:
         """Evaluate, and write the page; returns the table of what was done."""
         from holdfast.data.sources import is_missing
         from holdfast.evaluation.summary import write_summary
-        from holdfast.machine import describe_machine
 
         for option, source in (("data", self.data), ("squad", self.squad), *(("haystack", h) for h in self.haystack)):
             if source is not None and is_missing(source):
                 raise UsageError(f"--{option} is {source}, which does not exist.")
         directories = model_directories(self.models, "all")
-        planned = [part for part in _plan(self, directories) if part.name.partition("-")[0] in self.parts]
-        if not planned:
+        check_folder(self.output, "--output")
+        measuring = _Measuring(self.output)
+        planned = plan_parts(self, directories, measuring.measured)
+        chosen = [part for part in planned if part.name.partition("-")[0] in self.parts]
+        if not chosen:
             raise UsageError(f"None of --parts fits these models; there are {', '.join(PARTS)}.")
         results = []
-        for number, part in enumerate(planned, start=1):
-            error_console().rule(f"{part.title} ({number} of {len(planned)})", align="left")
-            results.append(self._result(part))
+        for number, part in enumerate(chosen, start=1):
+            error_console().rule(f"{part.title} ({number} of {len(chosen)})", align="left")
+            results.append(measuring.result(part))
         title = "Evaluation of " + ", ".join(shown_names(directories).values())
-        page = write_summary(results, self.output / "index.html", title=title, machine=describe_machine())
+        page = write_summary(results, self.output / "index.html", title=title, machine=measuring.machine)
         table = Table(title="evaluations", title_justify="left")
         for column in ("evaluation", "measured in"):
             table.add_column(column)
@@ -121,40 +107,84 @@ class All:
         output_console().print(f"Open {page} in a browser.", soft_wrap=True)
         return [table]
 
-    def _result(self, part: Part) -> PartResult:
-        """Of an earlier run with the same models and settings, or measured now."""
-        from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
-        from holdfast.evaluation.summary import PartResult, ShownTable
+
+class _Measuring:
+    """Measures parts, or finds what was measured of them before.
+
+    Attributes:
+        measured: names of the parts whose files in the directory are what they found, now or before.
+    """
+
+    def __init__(self, output: Path) -> None:
         from holdfast.machine import describe_machine
 
+        self.output = output
+        self.machine = describe_machine()
+        self.measured: set[str] = set()
+        self._fingerprints: dict[Path | str, str] = {}
+
+    def result(self, part: Part) -> PartResult:
+        """Of an earlier run with the same models, texts and settings, or measured now; why not, if that fails."""
         if isinstance(part.make, str):
             return _skipped(part, part.make)
-        machine = describe_machine()
         try:
-            command = part.make()
-            settings = _settings(command)
-            determining = {
-                "settings": settings,
-                "drawn": [path.name for path in _pictures(command)],
-                "accuracy": _content(getattr(command, "accuracy", None)),
-                "models": [model_fingerprint(directory) for directory in part.models],
-                "machine": [machine[name] for name in ("processor", "accelerator", "threads")],
-            }
-            log = SampleLog(self.output / "parts.jsonl", determining)
-            kept = log.records.get(part.name)
-            if kept and all((self.output / picture).is_file() for picture in kept["pictures"]):
-                error_console().print("Measured before; kept.")
-                return PartResult.from_dict(kept)
-            started = time.perf_counter()
-            tables = tuple(ShownTable.of(table) for table in command.run())
-        except (ValueError, FileNotFoundError) as error:  # what does not fit or is missing says so in a sentence
-            return _skipped(part, str(error))
-        drawn = tuple(path.name for path in _pictures(command) if path.is_file())
-        seconds = time.perf_counter() - started
-        shown = {name: _without_folders(value) for name, value in settings.items()}
-        result = PartResult(part.title, tables, drawn, shown, machine, seconds)
+            result = self._kept_or_measured(part, part.make())
+        except Exception as error:  # of whatever kind: hours of the other parts must not be lost by it
+            return _skipped(part, one_line(error))
+        self.measured.add(part.name)
+        return result
+
+    def _kept_or_measured(self, part: Part, command: Evaluation) -> PartResult:
+        from holdfast.evaluation.sample_log import SampleLog, file_hash
+        from holdfast.evaluation.summary import PartResult, ShownTable
+
+        settings = _settings(command)
+        log = SampleLog(self.output / "parts.jsonl", self._determining(part, command, settings))
+        kept = log.records.get(part.name, {})
+        files_then = kept.get("files")  # none where an earlier version wrote the record
+        if files_then and all(file_hash(self.output / name) == found for name, found in files_then.items()):
+            error_console().print("Measured before; kept.")
+            return PartResult.from_dict(kept)
+        pictures, files = _pictures(command), _files(command)
+        for path in files:  # of other models or settings
+            path.unlink(missing_ok=True)
+        started = time.perf_counter()
+        tables = tuple(ShownTable.of(table) for table in command.run())
+        result = PartResult(
+            part.title,
+            tables,
+            pictures=tuple(path.name for path in pictures if path.is_file()),
+            settings={name: _without_folders(value) for name, value in settings.items()},
+            machine=self.machine,
+            seconds=time.perf_counter() - started,
+            files={path.name: found for path in files if (found := file_hash(path))},
+        )
         log.append({part.name: result.to_dict()})
         return result
+
+    def _determining(self, part: Part, command: Evaluation, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the numbers of a part follow from."""
+        contents = {name: self._contents(value) for name, value in settings.items() if name in TEXTS}
+        accuracy: Path | None = getattr(command, "accuracy", None)
+        return {
+            "settings": settings | contents,
+            "drawn": [path.name for path in _pictures(command)],
+            "accuracy": None if accuracy is None else accuracy.read_text(encoding="utf-8"),
+            "models": [self._fingerprint(directory) for directory in part.models],
+            "machine": [self.machine[name] for name in ("processor", "accelerator", "threads")],
+        }
+
+    def _contents(self, texts: str | tuple[str, ...]) -> list[str]:
+        return [self._fingerprint(text) for text in ((texts,) if isinstance(texts, str) else texts)]
+
+    def _fingerprint(self, source: Path | str) -> str:
+        """Of a model or a text, which is read once for all parts."""
+        from holdfast.evaluation.sample_log import model_fingerprint, text_fingerprint
+
+        if source not in self._fingerprints:
+            found = model_fingerprint(source) if isinstance(source, Path) else text_fingerprint(source)
+            self._fingerprints[source] = found
+        return self._fingerprints[source]
 
 
 def _skipped(part: Part, reason: str) -> PartResult:
@@ -184,172 +214,10 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def _content(file: Path | None) -> str | None:
-    return None if file is None else file.read_text(encoding="utf-8")
-
-
 def _pictures(command: Any) -> list[Path]:
     return [path for name in ("plot", "pareto") if (path := getattr(command, name, None)) is not None]
 
 
-def _plan(chosen: All, directories: Sequence[Path]) -> Iterator[Part]:
-    """Everything that could be evaluated, in the order of the page."""
-    text = tuple(directory for directory in directories if reads_text(directory))
-    tokens = tuple(directory for directory in directories if directory not in text)
-    yield from _needles(chosen, text, tokens)
-    yield from _conversations(chosen, text, tokens)
-    labels = shown_names(directories)
-    for directory in text:
-        yield _perplexity(chosen, directory, labels[directory])
-    if text:
-        yield _recall(chosen, text)
-    for directory in directories:
-        yield _scorers(chosen, directory, labels[directory])
-    yield _efficiency(chosen, tuple(directories), tokens)
-
-
-def _needles(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]) -> Iterator[Part]:
-    from holdfast.configuration import HybridConfig
-    from holdfast.data.ruler import RULER_TASKS
-
-    if tokens:
-        yield Part(
-            "needle task",
-            "needle-task",
-            tokens,
-            lambda: Needle(_names(tokens), samples=chosen.samples, **_common(chosen), **_files(chosen, "needle-task")),
-        )
-    if not text:
-        return
-    length = chosen.length or min(HybridConfig.from_pretrained(each).max_position_embeddings for each in text)
-    for task, asked in RULER_TASKS.items():
-        name = f"needle-{task}"
-
-        def make(task: str = task, name: str = name) -> Needle:
-            return Needle(
-                _names(text),
-                length=(length,),
-                samples=max(1, chosen.samples // 100),
-                text=TextOptions(tasks=(task,), haystack=chosen.haystack),
-                **_common(chosen),
-                **_files(chosen, name),
-            )
-
-        without = asked.haystack == "essays" and not chosen.haystack
-        yield Part(f"RULER, {task}", name, text, "no --haystack was given." if without else make)
-
-
-def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]) -> Iterator[Part]:
-    for group, name, kind in ((tokens, "turns-task", "needle task"), (text, "turns-text", "text")):
-        if group:
-
-            def make(group: tuple[Path, ...] = group, name: str = name) -> Turns:
-                many = max(1, chosen.samples // 8)
-                haystack = chosen.haystack if group == text else ()
-                return Turns(
-                    _names(group), conversations=many, haystack=haystack, **_common(chosen), **_files(chosen, name)
-                )
-
-            yield Part(f"several turns, {kind}", name, group, make)
-
-
-def _perplexity(chosen: All, directory: Path, label: str) -> Part:
-    title, name = f"perplexity, {label}", f"perplexity-{_file_name(label)}"
-    if chosen.data is None:
-        return Part(title, name, (directory,), "no --data was given.")
-    data = chosen.data
-    return Part(
-        title,
-        name,
-        (directory,),
-        lambda: Perplexity(
-            str(directory),
-            data=data,
-            split=chosen.split,
-            max_blocks=max(1, chosen.samples // 8),
-            dtype=chosen.dtype,
-            json=chosen.output / f"{name}.json",
-        ),
-    )
-
-
-def _recall(chosen: All, text: tuple[Path, ...]) -> Part:
-    if chosen.squad is None:
-        return Part("recall, SQuAD", "recall", text, "no --squad was given.")
-
-    def make() -> Recall:
-        return Recall(
-            _names(text),
-            tasks=("squad",),
-            data=chosen.squad,
-            limit=chosen.samples,
-            beyond=chosen.beyond,
-            dtype=chosen.dtype,
-            json=chosen.output / "recall.json",
-        )
-
-    return Part("recall, SQuAD", "recall", text, make)
-
-
-def _scorers(chosen: All, directory: Path, label: str) -> Part:
-    from holdfast.configuration import HybridConfig
-
-    title, name = f"who decides what is kept, {label}", f"scorers-{_file_name(label)}"
-    if "learned_eviction" not in (HybridConfig.from_pretrained(directory).mixers or ()):
-        return Part(title, name, (directory,), "the model has no layer of learned eviction.")
-    if reads_text(directory) and chosen.data is None:
-        return Part(title, name, (directory,), "no --data was given.")
-    return Part(
-        title,
-        name,
-        (directory,),
-        lambda: Scorers(
-            (str(directory),),
-            samples=max(1, chosen.samples // 2),
-            data=chosen.data if reads_text(directory) else None,
-            split=chosen.split,
-            max_blocks=max(1, chosen.samples // 8),
-            seed=chosen.seed,
-            **_files(chosen, name),
-        ),
-    )
-
-
-def _efficiency(chosen: All, directories: tuple[Path, ...], tokens: tuple[Path, ...]) -> Part:
-    from holdfast.bench.accuracy import read_accuracies
-
-    def make() -> Efficiency:
-        needles = chosen.output / ("needle-task.json" if tokens else "needle-niah_single_1.json")
-        found = needles.is_file() and read_accuracies(needles)
-        return Efficiency(
-            _names(directories),
-            contexts=chosen.contexts,
-            batch_sizes=chosen.batch_sizes,
-            steps=100,
-            repeats=2,
-            limit=chosen.limit,
-            dtype=chosen.dtype,
-            seed=chosen.seed,
-            json=chosen.output / "efficiency.json",
-            plot=chosen.output / "efficiency.png",
-            accuracy=needles if found else None,
-            pareto=chosen.output / "pareto.png" if found else None,
-        )
-
-    return Part("efficiency", "efficiency", directories, make)
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", label)
-
-
-def _names(directories: Sequence[Path]) -> tuple[str, ...]:
-    return tuple(str(directory) for directory in directories)
-
-
-def _files(chosen: All, name: str) -> dict[str, Any]:
-    return {"json": chosen.output / f"{name}.json", "plot": chosen.output / f"{name}.png"}
-
-
-def _common(chosen: All) -> dict[str, Any]:
-    return {"beyond": chosen.beyond, "seed": chosen.seed, "dtype": chosen.dtype}
+def _files(command: Any) -> list[Path]:
+    """All that it writes, but for the logs of answers."""
+    return [*_pictures(command), command.json]

@@ -46,10 +46,11 @@ class Turns:
     questions: int = 2
     """Questions at the end of each turn; no fact is asked for twice."""
     turn_length: int | None = None
-    """Tokens per turn, questions and answers included; default: the length that the first model was trained on, divided
-    by the turns."""
+    """Tokens per turn at the most; questions, answers and, for text, what introduces the first are among them. Default:
+    the length that the first model was trained on, divided by the turns."""
     haystack: tuple[str, ...] = ()
-    """Texts between the facts (files, directories or data sets on the hub); default: RULER's noise."""
+    """Texts between the facts: files, directories (all their text files), or data sets on the hub (split train);
+    default: RULER's noise."""
     asides: bool = False
     """Ask every question aside: the cache then returns to what it was before, without reading again. So models of the
     needle task need not read facts after a question, which they never did in training."""

@@ -1,0 +1,270 @@
+"""What `holdfast evaluate all` can evaluate: a part for each evaluation, task or model, in the order of the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.table import Table
+
+from holdfast.cli.common import read_task
+from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import read_text_models, reads_text, shown_names
+from holdfast.cli.evaluate.efficiency import Efficiency
+from holdfast.cli.evaluate.needle import Needle, TextOptions
+from holdfast.cli.evaluate.perplexity import Perplexity
+from holdfast.cli.evaluate.recall import Recall
+from holdfast.cli.evaluate.scorers import Scorers
+from holdfast.cli.evaluate.turns import Turns
+
+if TYPE_CHECKING:
+    from holdfast.cli.evaluate.suite import All
+    from holdfast.data.turns import TurnPlan
+
+LONGEST_BLOCK = 2048
+"""Tokens of a block of text at the most, so that those of models with long contexts are read in minutes too."""
+TOKENS_AT_ONCE = 4096
+"""Of blocks of text read side by side: the logits of all are in memory."""
+
+
+class Evaluation(Protocol):
+    """A command of `holdfast evaluate`."""
+
+    def run(self) -> list[Table]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One evaluation of some of the models, or why it cannot be done."""
+
+    title: str
+    name: str
+    """Of its files."""
+    models: tuple[Path, ...]
+    make: Callable[[], Evaluation] | str
+
+
+def plan_parts(chosen: All, directories: Sequence[Path], measured: Container[str]) -> Iterator[Part]:
+    """Everything that could be evaluated, in the order of the page.
+
+    Args:
+        chosen: the options.
+        directories: of the models.
+        measured: names of the parts whose files are those of these models by now; looked at when a part is made.
+    """
+    text = tuple(directory for directory in directories if reads_text(directory))
+    tokens = tuple(directory for directory in directories if directory not in text)
+    yield from _needles(chosen, text, tokens)
+    yield from _conversations(chosen, text, tokens)
+    labels = shown_names(directories)
+    for directory in text:
+        yield _perplexity(chosen, directory, labels[directory])
+    if text:
+        yield _recall(chosen, text)
+    for directory in directories:
+        yield _scorers(chosen, directory, labels[directory])
+    yield _efficiency(chosen, tuple(directories), measured)
+
+
+def _needles(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]) -> Iterator[Part]:
+    from holdfast.data.ruler import RULER_TASKS
+
+    if tokens:
+        yield Part(
+            "needle task",
+            "needle-task",
+            tokens,
+            lambda: Needle(_names(tokens), samples=chosen.samples, **_common(chosen), **_files(chosen, "needle-task")),
+        )
+    if not text:
+        return
+    length = chosen.length or min(map(_trained_length, text))
+    for task, asked in RULER_TASKS.items():
+        name = f"needle-{task}"
+
+        def make(task: str = task, name: str = name) -> Needle:
+            return Needle(
+                _names(text),
+                length=(length,),
+                samples=max(1, chosen.samples // 100),
+                text=TextOptions(tasks=(task,), haystack=chosen.haystack),
+                **_common(chosen),
+                **_files(chosen, name),
+            )
+
+        without = asked.haystack == "essays" and not chosen.haystack
+        yield Part(f"RULER, {task}", name, text, "no --haystack was given." if without else make)
+
+
+def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]) -> Iterator[Part]:
+    for group, name, kind in ((tokens, "turns-task", "needle task"), (text, "turns-text", "text")):
+        if group:
+
+            def make(group: tuple[Path, ...] = group, name: str = name) -> Turns:
+                told = min(map(_trained_length, group)) - 1
+                plan = _turns_that_fit(chosen.turns, group, told, in_text=group == text)
+                return Turns(
+                    _names(group),
+                    turns=plan.turns,
+                    facts=plan.facts,
+                    questions=plan.questions,
+                    turn_length=told // plan.turns,
+                    conversations=max(1, chosen.samples // 8),
+                    haystack=chosen.haystack if group == text else (),
+                    **_common(chosen),
+                    **_files(chosen, name),
+                )
+
+            yield Part(f"several turns, {kind}", name, group, make)
+
+
+def _turns_that_fit(most: int, directories: Sequence[Path], tokens: int, *, in_text: bool) -> TurnPlan:
+    """As many turns as `tokens` hold for every model, `most` at the most.
+
+    Raises:
+        UsageError: if not even two turns of one fact fit.
+    """
+    from holdfast.data.turns import NeedleTurns, TextTurns, fitting_plan
+
+    if in_text:
+        tokenizers = read_text_models(directories).values()
+
+        def fits(plan: TurnPlan) -> bool:
+            shortest = max(TextTurns.shortest_turn(plan, tokenizer) for tokenizer in tokenizers)
+            return plan.turns * shortest <= tokens
+    else:
+        keys = min(read_task(directory).num_keys for directory in directories)
+
+        def fits(plan: TurnPlan) -> bool:
+            return plan.turns * NeedleTurns.shortest_turn(plan) <= tokens and plan.turns * plan.facts <= keys
+
+    plan = fitting_plan(fits, most)
+    if plan is None:
+        raise UsageError(f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models.")
+    return plan
+
+
+def _perplexity(chosen: All, directory: Path, label: str) -> Part:
+    title, name = f"perplexity, {label}", f"perplexity-{_file_name(label)}"
+    if chosen.data is None:
+        return Part(title, name, (directory,), "no --data was given.")
+    data, length = chosen.data, _block_length(directory)
+    return Part(
+        title,
+        name,
+        (directory,),
+        lambda: Perplexity(
+            str(directory),
+            data=data,
+            split=chosen.split,
+            length=length,
+            batch_size=max(1, TOKENS_AT_ONCE // length),
+            max_blocks=max(1, chosen.samples // 8),
+            dtype=chosen.dtype,
+            json=chosen.output / f"{name}.json",
+        ),
+    )
+
+
+def _recall(chosen: All, text: tuple[Path, ...]) -> Part:
+    if chosen.squad is None:
+        return Part("recall, SQuAD", "recall", text, "no --squad was given.")
+
+    def make() -> Recall:
+        return Recall(
+            _names(text),
+            tasks=("squad",),
+            data=chosen.squad,
+            limit=chosen.samples,
+            beyond=chosen.beyond,
+            dtype=chosen.dtype,
+            json=chosen.output / "recall.json",
+        )
+
+    return Part("recall, SQuAD", "recall", text, make)
+
+
+def _scorers(chosen: All, directory: Path, label: str) -> Part:
+    from holdfast.configuration import HybridConfig
+
+    title, name = f"who decides what is kept, {label}", f"scorers-{_file_name(label)}"
+    if "learned_eviction" not in (HybridConfig.from_pretrained(directory).mixers or ()):
+        return Part(title, name, (directory,), "the model has no layer of learned eviction.")
+    if reads_text(directory) and chosen.data is None:
+        return Part(title, name, (directory,), "no --data was given.")
+    return Part(
+        title,
+        name,
+        (directory,),
+        lambda: Scorers(
+            (str(directory),),
+            samples=max(1, chosen.samples // 2),
+            data=chosen.data if reads_text(directory) else None,
+            split=chosen.split,
+            length=_block_length(directory),
+            max_blocks=max(1, chosen.samples // 8),
+            seed=chosen.seed,
+            **_files(chosen, name),
+        ),
+    )
+
+
+def _efficiency(chosen: All, directories: tuple[Path, ...], measured: Container[str]) -> Part:
+    def make() -> Efficiency:
+        accuracy = _accuracy(chosen, shown_names(directories).values(), measured)
+        return Efficiency(
+            _names(directories),
+            contexts=chosen.contexts,
+            batch_sizes=chosen.batch_sizes,
+            steps=100,
+            repeats=2,
+            limit=chosen.limit,
+            dtype=chosen.dtype,
+            seed=chosen.seed,
+            json=chosen.output / "efficiency.json",
+            plot=chosen.output / "efficiency.png",
+            accuracy=accuracy,
+            pareto=None if accuracy is None else chosen.output / "pareto.png",
+        )
+
+    return Part("efficiency", "efficiency", directories, make)
+
+
+def _accuracy(chosen: All, names: Collection[str], measured: Container[str]) -> Path | None:
+    """Of the models with these names; a file that an earlier run left in the directory may be about others."""
+    from holdfast.bench.accuracy import read_accuracies
+
+    for name in ("needle-task", "needle-niah_single_1"):
+        path = chosen.output / f"{name}.json"
+        if name in measured and read_accuracies(path).keys() & set(names):
+            return path
+    return None
+
+
+def _block_length(directory: Path) -> int:
+    return min(_trained_length(directory), LONGEST_BLOCK)
+
+
+def _trained_length(directory: Path) -> int:
+    from holdfast.configuration import HybridConfig
+
+    return HybridConfig.from_pretrained(directory).max_position_embeddings
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", label)
+
+
+def _names(directories: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(str(directory) for directory in directories)
+
+
+def _files(chosen: All, name: str) -> dict[str, Any]:
+    return {"json": chosen.output / f"{name}.json", "plot": chosen.output / f"{name}.png"}
+
+
+def _common(chosen: All) -> dict[str, Any]:
+    return {"beyond": chosen.beyond, "seed": chosen.seed, "dtype": chosen.dtype}
