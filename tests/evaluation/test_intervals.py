@@ -26,7 +26,8 @@ def test_the_effective_number_is_no_more_than_there_are_answers(answers: list[tu
     samples, right = (np.array(column) for column in zip(*answers, strict=True))
     found = share(samples, right)
     assert found.effective is not None
-    assert 1 <= found.effective <= len(answers)
+    sizes = np.bincount(samples)
+    assert len(answers) ** 2 / (sizes**2).sum() - 1e-9 <= found.effective <= len(answers)
     low, high = found.interval or (1, 0)
     assert 0 <= low <= (found.accuracy or 0) <= high <= 1
     assert Share.from_dict(json.loads(json.dumps(found.to_dict()))) == found

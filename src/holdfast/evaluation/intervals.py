@@ -73,7 +73,8 @@ def effective_count(samples: ArrayLike, right: ArrayLike) -> float | None:
     It is the number of answers over their design effect (Kish 1965): how many times as large the variance of the
     accuracy is between samples, as a ratio of two sums over them, as between independent answers. Two samples of the
     mean size, one all right and one all wrong, are added, as Agresti and Coull (1998) add answers: else nothing could
-    be said of answers that are all right. It is at least 1 and never more than there are answers.
+    be said of answers that are all right. It is never more than there are answers, and never less than where those of a
+    sample are right or wrong together.
 
     Args:
         samples: for each answer a number that tells its sample from others, integers [N].
@@ -88,13 +89,14 @@ def effective_count(samples: ArrayLike, right: ArrayLike) -> float | None:
     if count == 0 or len(sizes) == count:
         return float(count) or None
     found = np.bincount(which, weights=np.asarray(right, dtype=float))
+    together = count**2 / np.square(sizes).sum()
     mean = sizes.mean()
     sizes, found = np.append(sizes, [mean, mean]), np.append(found, [mean, 0.0])
     answers, clusters = sizes.sum(), len(sizes)
     share = found.sum() / answers
     between = clusters / (clusters - 1) * np.square(found - share * sizes).sum() / answers**2
     independent = share * (1 - share) / (answers - 1)
-    return float(np.clip(count * independent / between, 1, count))
+    return float(np.clip(count * independent / between, together, count))
 
 
 def wilson_interval(successes: float, trials: float, z: float = 1.959963984540054) -> tuple[float, float]:
