@@ -166,7 +166,7 @@ def test_everything_on_one_page(
         assert f"not measured: {reason}" in page or f"not measured: the model {reason}" in page
     assert "more than the length of 300" in page  # RULER's question does not fit
     assert "not measured: not even two turns with a fact each fit into the 300 tokens" in page
-    assert "length 300, batch_size 13" in page  # of the blocks of text
+    assert "length 300, isolate False, beyond False, batch_size 13" in page  # of the blocks of text
     for name in ("torch", "commit", "processor"):
         assert f"<td>{name}</td>" in page
     for name in ("needle-task", "turns-task", "perplexity-text", "scorers-lalte", "efficiency"):
