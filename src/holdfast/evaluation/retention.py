@@ -62,7 +62,7 @@ def retention_map(model: HybridForCausalLM, input_ids: Tensor) -> list[LayerRete
     if not model.model.has_scorers:
         raise ValueError("the model has no layer of learned eviction, so nothing is chosen to be kept.")
     with evaluating(model):
-        output = model(input_ids=ids.to(device_of(model)), use_cache=True)
+        output = model(input_ids=ids.to(device_of(model)), use_cache=True, logits_to_keep=1)
     mixers = [(n, block.attn) for n, block in enumerate(model.model.layers) if isinstance(block.attn, LearnedEviction)]
     layers = []
     for (number, mixer), scores in zip(mixers, output.retention.scores, strict=True):

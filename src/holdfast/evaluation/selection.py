@@ -56,7 +56,7 @@ def selection_map(model: HybridForCausalLM, input_ids: Tensor) -> list[LayerSele
     if not mixers:
         raise ValueError("the model has no layer of native sparse attention, so no blocks are selected.")
     with evaluating(model):
-        output = model(input_ids=ids.to(device_of(model)), use_cache=False, output_selection=True)
+        output = model(input_ids=ids.to(device_of(model)), use_cache=False, output_selection=True, logits_to_keep=1)
     position = torch.arange(ids.shape[1])
     layers = []
     for (number, mixer), selection in zip(mixers, output.selection, strict=True):

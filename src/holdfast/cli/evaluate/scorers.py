@@ -247,4 +247,5 @@ def _accuracy(directory: Path, task: NeedleTask, model: Any, *, samples: int, se
 def _perplexity(blocks: Sequence[dict[str, Any]], model: Any) -> float:
     from holdfast.evaluation.perplexity import evaluate_perplexity
 
-    return evaluate_perplexity(model, blocks, progress=False).perplexity
+    batch_size = max(1, min(8, 16_384 // len(blocks[0]["input_ids"])))
+    return evaluate_perplexity(model, blocks, batch_size=batch_size, progress=False).perplexity
