@@ -7,12 +7,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Numbers of the errors of a full disk."""
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextmanager
@@ -47,6 +50,29 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno not in NO_ROOM or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a lock on a file, which is made; on a file system that knows no locks, go on without one.
+
+    Raises:
+        filelock.Timeout: at once, if another process holds it.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # who locks a file that has been removed notices; Windows keeps what is open
+            os.unlink(path)
+        lock.release()
 
 
 def write_files(directory: str | os.PathLike[str], save: Callable[[str], object]) -> None:

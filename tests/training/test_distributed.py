@@ -17,7 +17,14 @@ from transformers import Trainer
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
-from holdfast.training import ControllerConfig, HybridTrainer, RetentionSchedule, read_metrics, train
+from holdfast.training import (
+    ControllerConfig,
+    HybridTrainer,
+    RetentionSchedule,
+    RunDirectoryError,
+    read_metrics,
+    train,
+)
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection
 
 STEPS = 50
@@ -170,6 +177,17 @@ def test_sharding_on_cpus_is_refused(tmp_path, monkeypatch):
     def refused() -> None:
         with pytest.raises(ValueError, match="on CPUs train with DDP"):
             train(make_recipe(tmp_path, parallel="fsdp"))
+
+    in_two_processes(refused)
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    recipe = make_recipe(tmp_path, max_steps=1, warmup_steps=0)
+    train(recipe)
+
+    def refused() -> None:
+        with pytest.raises(RunDirectoryError, match=r"^(Process 0 cannot begin: )?.* holds a finished run: give"):
+            train(recipe)
 
     in_two_processes(refused)
 

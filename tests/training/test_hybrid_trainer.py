@@ -30,6 +30,7 @@ from holdfast.training import (
     TrainingDivergedError,
     parameter_groups,
     read_metrics,
+    run_directory,
     train,
 )
 from holdfast.training.recipe import NeedleData, OutputSection, Recipe, TextData, TrainingSection, load_recipe
@@ -66,7 +67,7 @@ class KillAt(TrainerCallback):
             raise KilledError
 
 
-def train_until_killed(recipe: Recipe, step: int, monkeypatch) -> None:
+def train_until_killed(recipe: Recipe, step: int, monkeypatch, **options) -> None:
     original = HybridTrainer.__init__
 
     def with_killer(self, *args, **kwargs):
@@ -76,7 +77,7 @@ def train_until_killed(recipe: Recipe, step: int, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(HybridTrainer, "__init__", with_killer)
         with pytest.raises(KilledError):
-            train(recipe)
+            train(recipe, **options)
 
 
 def metrics_of(directory) -> list[dict]:
@@ -493,12 +494,52 @@ def test_what_is_overwritten_stays_until_its_successor_can_begin(finished, tmp_p
 def test_what_failed_before_its_first_step_is_in_nobodys_way(tmp_path):
     directory = tmp_path / "run"
     train_until_killed(make_recipe(tmp_path), 1, pytest.MonkeyPatch())
-    assert (directory / "metrics.jsonl").read_text() == ""
-    train(make_recipe(tmp_path))
+    assert [path.name for path in directory.iterdir()] == []
+    train(make_recipe(tmp_path, learning_rate=2e-2))
 
 
-def test_a_run_without_its_data_leaves_no_directory(tmp_path):
-    recipe = replace(make_recipe(tmp_path), model=MODEL | {"vocab_size": 259}, data=TextData(str(tmp_path / "nowhere")))
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        train(recipe)
-    assert not (tmp_path / "run").exists()
+def contents_of(directory) -> dict:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_fails_before_its_first_step_gives_back_what_it_replaced(finished, tmp_path, resume, monkeypatch):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    (directory / "thesis.tex").write_text("mine")
+    before = contents_of(directory)
+    again = make_recipe(tmp_path, max_steps=20, report_to=("nowhere",))
+    again = replace(again, output=OutputSection(str(tmp_path), overwrite=not resume))
+    refusal = pytest.raises(ValueError, match="nowhere is not supported")
+    with refusal:
+        train(again, resume=resume)
+    assert contents_of(directory) == before
+    with monkeypatch.context() as patch, refusal:
+        patch.setattr(run_directory, "give_back", lambda *_: None)  # killed before it could
+        train(again, resume=resume)
+    assert (directory / ".replaced").exists()
+    assert train(make_recipe(tmp_path), resume=True) == directory  # which is finished
+    assert contents_of(directory) == before
+
+
+def test_what_was_replaced_is_removed_after_the_first_step(finished, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    again = make_recipe(tmp_path, max_steps=10)
+    train(again, resume=str(directory / "checkpoint-6"))
+    steps = [line["step"] for line in metrics_of(directory)]
+    assert steps == [2, 3, 4, 6, 8, 9, 10]
+    train_until_killed(replace(again, output=OutputSection(str(tmp_path), overwrite=True)), 4, monkeypatch)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "checkpoint-3",
+        "metrics.jsonl",
+        "recipe.toml",
+    ]
+
+
+def test_checkpoints_of_a_branch_that_was_left_are_not_resumed_from(finished, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    branch = make_recipe(tmp_path, max_steps=9)
+    train_until_killed(branch, 8, monkeypatch, resume=str(directory / "checkpoint-6"))
+    assert [path.name for path in directory.glob("checkpoint-*")] == ["checkpoint-6"]  # 8 was of the other branch

@@ -35,6 +35,16 @@ def test_the_page_trains_a_model_of_ones_own():
     assert (controller.average_kept < 2 * budget).all()
 
 
+def test_the_page_trains_with_a_trainer(small_model, tmp_path):
+    ids = torch.randint(100, (8, 48))
+    dataset = [{"input_ids": row, "labels": row.clone()} for row in ids]
+    names: dict = {"model": small_model("learned_eviction"), "folder": str(tmp_path), "dataset": dataset}
+    exec(compile(code_of("With a Trainer"), str(PAGE), "exec"), names)
+    assert names["trainer"].state.global_step == 20
+    assert names["trainer"].retention is names["retention"]
+    assert names["retention"].controller.steps == 18  # from a tenth of the run on
+
+
 def test_penalty_and_counts_are_those_of_the_hybrid_model(small_model):
     model = small_model("learned_eviction", "gated_deltanet", "learned_eviction").train()
     model.model.l1_lambda.copy_(torch.rand(2, 2, generator=torch.Generator().manual_seed(0)))

@@ -35,7 +35,7 @@ def make_recipe(directory: Path, corpus: Path, workers: int, **data: object) -> 
     return Recipe(
         name="run",
         model={
-            "vocab_size": 259,
+            "vocab_size": 300,
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "intermediate_size": 32,
@@ -147,6 +147,29 @@ def test_text_that_was_streamed_is_not_gone_on_with_in_memory(corpus, tmp_path, 
         smaller = dataclasses.replace(recipe.data, in_memory=64)
         with pytest.raises(RunDirectoryError, match="streamed its text, which is now small enough to be held in mem"):
             train(recipe, resume=True)
+
+
+def test_a_checkpoint_of_another_run_brings_its_tokenizer_and_asks_for_its_settings(corpus, tmp_path) -> None:
+    recipe = make_recipe(tmp_path / "a", corpus, workers=0, in_memory=64, tokenizer="train")
+    checkpoint = train(recipe) / "checkpoint-3"
+    other = dataclasses.replace(recipe, name="other")
+    slower = dataclasses.replace(other, training=dataclasses.replace(recipe.training, learning_rate=1e-3))
+    with pytest.raises(RunDirectoryError, match=r"was started with training\.learning_rate = 0\.01, not 0\.001"):
+        train(slower, resume=str(checkpoint))
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    (text / "train.jsonl").write_text((text / "train.jsonl").read_text().replace("kelp", "hull"))
+    changed = dataclasses.replace(other, data=dataclasses.replace(recipe.data, source=str(text)))
+    with pytest.raises(RunDirectoryError, match=r"was started with data\.source"):
+        train(changed, resume=str(checkpoint))
+    found = train(other, resume=str(checkpoint))
+    assert (found / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
+    assert same_weights(found, tmp_path / "a" / "run")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_finished_run_that_must_not_go_on_stays_finished(corpus, tmp_path) -> None:

@@ -7,7 +7,7 @@ import torch
 from tiny_model import MODEL, TASK
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.data.needle import NeedleStream
@@ -39,7 +39,7 @@ class Samples(Dataset):
 
 def make_trainer(directory, *, data=None, cls=HybridTrainer, **options) -> HybridTrainer:
     torch.manual_seed(0)
-    names = ("retention", "optimizer_cls_and_kwargs", "compute_loss_func", "callbacks", "model")
+    names = ("retention", "optimizer_cls_and_kwargs", "compute_loss_func", "callbacks", "model", "scorer_lr_scale")
     own = {name: options.pop(name) for name in names if name in options}
     defaults = {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     model = own.pop("model", None) or HybridForCausalLM(HybridConfig(**MODEL))
@@ -79,6 +79,32 @@ def test_evaluations_show_the_loss_of_the_text(tmp_path):
 def test_losses_without_the_penalty_are_refused(option, tmp_path):
     with pytest.raises(ValueError, match="would leave out the penalty of learned eviction: override compute_loss"):
         make_trainer(tmp_path, **option)
+
+
+def test_what_would_be_ignored_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"give yours as retention="):
+        make_trainer(tmp_path, callbacks=[RetentionCallback()])
+    trainer = make_trainer(
+        tmp_path, max_steps=1, label_smoothing_factor=0.1, cls=Trainer, callbacks=[RetentionCallback()]
+    )
+    with pytest.raises(ValueError, match="would leave out the penalty of learned eviction"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, max_steps=1, scorer_lr_scale=0.5)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="need the Trainer's own optimizer"):
+        trainer.train()
+
+
+def test_fewer_samples_than_a_step_takes_are_told(tmp_path, caplog):
+    make_trainer(tmp_path, data=Samples(), max_steps=1, per_device_train_batch_size=16, save_strategy="no").train()
+    assert "There are 11 samples, fewer than the 16 of a step" in caplog.text
+
+
+def test_evaluations_leave_the_random_numbers_alone(tmp_path):
+    trainer = make_trainer(tmp_path, prediction_loss_only=True)
+    before = torch.random.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_an_optimizer_of_ones_own_choice_has_the_groups(tmp_path):

@@ -89,6 +89,8 @@ def _train(arguments: list[str]) -> None:
     name, *overrides = arguments
     if resume:
         name, overrides = _where_it_lies(name, overrides)
+    elif Path(name).is_dir():
+        raise UsageError(f"{name} is a directory: `holdfast train {name} --resume` continues the run in it.")
     recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
@@ -116,11 +118,11 @@ def _where_it_lies(name: str, overrides: list[str]) -> tuple[str, list[str]]:
 
 def _how_to_continue(recipe: Recipe) -> str:
     """What to say of a run that was interrupted."""
-    from holdfast.training.checkpointing import last_checkpoint, saved_step
+    from holdfast.training.checkpointing import checkpoints, last_checkpoint, saved_step
     from holdfast.training.run_directory import RECIPE_FILE
 
     directory = Path(recipe.output.directory) / recipe.name
-    checkpoint = last_checkpoint(directory) if directory.is_dir() else None
+    checkpoint = last_checkpoint(directory) if checkpoints(directory) else None
     if checkpoint is None:
         return "interrupted before the first checkpoint (training.save_every says when that is written)"
     step = saved_step(checkpoint)

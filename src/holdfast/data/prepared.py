@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +32,7 @@ from holdfast.data.processes import in_processes
 from holdfast.data.progress import track
 from holdfast.data.sources import TextSource, describe_skipped, logger, usable
 from holdfast.data.tokenizers import encode_documents, fingerprint
-from holdfast.files import naming, replacing, write_files, write_json
+from holdfast.files import locked, naming, replacing, write_files, write_json
 
 __all__ = ["PreparedSplit", "check_target", "is_prepared", "open_prepared", "prepare"]
 
@@ -88,20 +89,22 @@ def prepare(
     target = Path(directory)
     check_target(target, split, tokenizer)
     target.mkdir(parents=True, exist_ok=True)
-    _discard_shards(target, split)
-    try:
-        shards = _write_shards(source, target, tokenizer, split, workers, progress)
-        skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())
-        if skipped:
-            logger.warning("%s: %s", source.name, describe_skipped(skipped))
-        shards = [shard for shard in shards if shard["tokens"]]
-        if not shards:
-            raise ValueError(f"{source.name} holds no text.")
-        write_files(target, tokenizer.save_pretrained)
-        _describe(source, target, tokenizer, split, shards, skipped)
-    except BaseException:  # an interruption too
+    with _alone(target, split):
+        check_target(target, split, tokenizer)  # another may have written it meanwhile
         _discard_shards(target, split)
-        raise
+        try:
+            shards = _write_shards(source, target, tokenizer, split, workers, progress)
+            skipped = sum((collections.Counter(shard.pop("skipped")) for shard in shards), collections.Counter())
+            if skipped:
+                logger.warning("%s: %s", source.name, describe_skipped(skipped))
+            shards = [shard for shard in shards if shard["tokens"]]
+            if not shards:
+                raise ValueError(f"{source.name} holds no text.")
+            write_files(target, tokenizer.save_pretrained)
+            _describe(source, target, tokenizer, split, shards, skipped)
+        except BaseException:  # an interruption too
+            _discard_shards(target, split)
+            raise
     tokens = sum(shard["tokens"] for shard in shards)
     size = tokens * _dtype(tokenizer).itemsize
     return PreparedSplit(tokens, sum(shard["documents"] for shard in shards), size, dict(skipped))
@@ -191,6 +194,16 @@ def open_prepared(
     if not parts:
         raise ValueError(f"{folder} (split {split}) has {total} tokens, too few for a block of {length} in any shard.")
     return ConcatDataset(parts)
+
+
+@contextlib.contextmanager
+def _alone(target: Path, split: str) -> Iterator[None]:
+    """One process at a time writes a split."""
+    try:
+        with locked(target / f".{split}.lock"):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is preparing the split {split!r} in {target}: wait, or stop it.") from error
 
 
 def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:

@@ -46,8 +46,9 @@ def in_processes(
             receiver, sender = multiprocessing.Pipe(duplex=False)
             # Pickled whether or not processes are forked: what is open (files, connections) is not to be shared.
             pickled = pickle.dumps((work, task))
-            processes.append(multiprocessing.Process(target=_work, args=(sender, pickled), daemon=True))
-            processes[-1].start()
+            process = multiprocessing.Process(target=_work, args=(sender, pickled), daemon=True)
+            process.start()
+            processes.append(process)
             sender.close()  # so that the end of the process is the end of the pipe
             numbers[receiver] = number
         while numbers:
@@ -81,7 +82,7 @@ def _receive(receiver: Any, process: Any) -> tuple[str, Any]:
 def _work(sender: Any, pickled: bytes) -> None:
     """In the new process: send how many items there are now and then, and at the end the result or the error."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does then
-    _end_with(os.getppid())
+    _end_with_parent()
     try:
         work, task = pickle.loads(pickled)
         items, count, reported = work(*task), 0, time.monotonic()
@@ -111,12 +112,13 @@ def _can_be_sent(error: Exception) -> bool:
         return False
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """End this process when its parent is gone, whose own clean-up may have had no chance (SIGKILL)."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(SECONDS_BETWEEN_REPORTS)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -84,7 +84,7 @@ def text_fingerprint(source: str) -> str:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return str(file_hash(path))
+        return f"{path.name.partition('.')[2].lower()} {file_hash(path)}"  # by their endings files are read differently
     if not path.is_dir():
         return source
     digest = hashlib.sha256()

@@ -59,6 +59,7 @@ class LearnedEvictionOptions(AttentionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window >= 0, f"window must be 0 or more, got {self.window}")
+        require(self.receptive_field >= 1, "the scorer reads at least the token that it scores")
         require(self.budget >= 1, f"budget must be at least 1, got {self.budget}")
         require(
             0 <= self.sinks <= self.budget, f"sinks ({self.sinks}) must lie between 0 and the budget ({self.budget})"
@@ -117,7 +118,8 @@ class _scheduled:  # noqa: N801
         return 0.0 if layer is None else layer.__dict__.get(f"{self._name}_value", 0.0)
 
     def __set__(self, layer: nn.Module, value: float) -> None:
-        layer.__dict__.setdefault(self._name, torch.zeros((), device="cpu")).fill_(value)
+        with torch.inference_mode(False):
+            layer.__dict__[self._name] = torch.tensor(value, dtype=torch.float32, device="cpu")
         layer.__dict__ |= {f"{self._name}_value": value, f"{self._name}_is_on": value > 0}
 
 

@@ -39,8 +39,8 @@ class RetentionCallback(TrainerCallback, ExportableState):
         patience: int = 500,
     ) -> None:
         # Mappings are what a checkpoint holds, should the Trainer rebuild its callbacks from there.
-        self.controller_config = _settings(ControllerConfig, controller)
-        self.schedule = _settings(RetentionSchedule, schedule) or RetentionSchedule()
+        self.controller_config = _settings(ControllerConfig, controller, "controller")
+        self.schedule = _settings(RetentionSchedule, schedule, "schedule") or RetentionSchedule()
         self.patience = patience
         self.controller: BudgetController | None = None
         self._watch: RetentionWatch | None = None
@@ -83,6 +83,11 @@ class RetentionCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor would leave out the penalty of learned eviction: override compute_loss, and "
+                "add the `retention_loss` of the model's output."
+            )
         if self._hook is not None:  # an earlier training that ended with an exception
             self._hook.remove()
         self._hook = model.register_forward_hook(self._record, with_kwargs=True)
@@ -160,5 +165,5 @@ class _RunningMean:
         return mean
 
 
-def _settings(cls: Any, value: Any) -> Any:
-    return from_mapping(cls, value, "checkpoint") if isinstance(value, Mapping) else value
+def _settings(cls: Any, value: Any, name: str) -> Any:
+    return from_mapping(cls, value, name) if isinstance(value, Mapping) else value

@@ -96,9 +96,10 @@ def discard_incomplete(run: Path) -> None:
     """Remove what a run that was killed left half written or half removed, and say so."""
     leftovers = run / INCOMPLETE
     if leftovers.exists():
-        names = ", ".join(sorted(path.name for path in leftovers.iterdir())) or "nothing"
+        names = ", ".join(sorted(path.name for path in leftovers.iterdir()))
         shutil.rmtree(leftovers, ignore_errors=True)
-        logger.warning(f"{run}: removed what an interrupted run left incomplete ({names}).")
+        if names:
+            logger.warning(f"{run}: removed what an interrupted run left incomplete ({names}).")
 
 
 def publish(staged: Path, run: Path, keep: int | None, protected: str | None) -> None:

@@ -74,6 +74,8 @@ class TextData:
     """Parts in which a stream is read; a multiple of the number of devices. The most workers that can be busy."""
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source is empty: give a file, a directory or the name of a data set.")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, got {self.length}.")
         least = {"in_memory": 0, "shuffle": 0, "lanes": 1, "max_tokens": 1, "validation_tokens": 1}

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed as seed_generators
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -25,7 +25,14 @@ from holdfast.files import replacing, write_files, write_json
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
-from holdfast.training.checkpointing import STATE_FILE, CheckpointError, discard_incomplete, last_checkpoint, saved_step
+from holdfast.training.checkpointing import (
+    STATE_FILE,
+    CheckpointError,
+    check_complete,
+    discard_incomplete,
+    last_checkpoint,
+    saved_step,
+)
 from holdfast.training.metrics import MetricsFile, ProgressBar, read_metrics
 from holdfast.training.recipe import NeedleData, Recipe, TextData
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE, RunDirectoryError
@@ -65,33 +72,106 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
     directory = Path(recipe.output.directory) / recipe.name
     arguments = _training_arguments(recipe, directory)  # connects the processes, where there are several
     with contextlib.ExitStack() as held:
+        start, error = None, None
         with arguments.main_process_first(local=False):
-            is_first = arguments.process_index == 0
-            if is_first:
-                run_directory.check(directory, recipe, resume=bool(resume))
-            if resume and run_directory.is_finished(directory, recipe.training.max_steps):
-                logger.warning(f"{directory} is finished; raise training.max_steps to go on.")
-                return directory
-            checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
-            data = _build_data(recipe, directory, keep_tokenizer=bool(resume) or not is_first)
-            if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
-                data.training.set_rank(arguments.process_index, arguments.world_size)
-            _check_data(recipe, directory, data, checkpoint)
-            if is_first:
-                held.enter_context(run_directory.claim(directory, recipe, resume=bool(resume)))
-                _keep_data(recipe, directory, data)
-        return _run(recipe, directory, arguments, data, checkpoint)
+            try:
+                start = _start(recipe, directory, arguments, resume, held)
+            except Exception as refusal:
+                error = refusal
+        _share(error, arguments)
+        return directory if start is None else _run(recipe, directory, arguments, start)
 
 
-def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, data: _Data, checkpoint: Path | None) -> Path:
+@dataclasses.dataclass
+class _Start:
+    """Where a run begins, or goes on.
+
+    Attributes:
+        data: of the run.
+        checkpoint: where it goes on from; None: from scratch.
+        begun: what is to be called after the first step, in the first process.
+    """
+
+    data: _Data
+    checkpoint: Path | None
+    begun: Callable[[], None] | None
+
+
+def _start(
+    recipe: Recipe, directory: Path, arguments: TrainingArguments, resume: bool | str, held: contextlib.ExitStack
+) -> _Start | None:
+    """Check all that can be checked, then have the directory, until `held` is closed; None: the run is finished."""
+    is_first = arguments.process_index == 0
+    if is_first:
+        run_directory.recover(directory)
+        run_directory.check(directory, recipe, resume=bool(resume))
+    if resume is True and run_directory.is_finished(directory, recipe.training.max_steps):
+        logger.warning(f"{directory} is finished; raise training.max_steps to go on.")
+        return None
+    checkpoint = last_checkpoint(directory) if resume is True else (Path(resume) if resume else None)
+    if checkpoint is not None:
+        _check_checkpoint(recipe, checkpoint)
+    home = directory if checkpoint is None else checkpoint
+    data = _build_data(recipe, home, keep_tokenizer=bool(resume) or not is_first)
+    if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
+        data.training.set_rank(arguments.process_index, arguments.world_size)
+    _check_data(recipe, data, checkpoint)
+    begun = None
+    if is_first:
+        step = None if checkpoint is None else saved_step(checkpoint)
+        begun = held.enter_context(run_directory.claim(directory, recipe, bool(resume), step))
+        _keep_data(recipe, directory, data)
+    return _Start(data, checkpoint, begun)
+
+
+def _share(error: Exception | None, arguments: TrainingArguments) -> None:
+    """Raise the error of this process, or tell of that of another: none waits for one that has been refused."""
+    if torch.distributed.is_initialized():
+        told: list[str | None] = [None] * arguments.world_size
+        torch.distributed.all_gather_object(told, None if error is None else str(error))
+        refused = next((rank for rank, text in enumerate(told) if text is not None), None)
+        if error is None and refused is not None:
+            raise RunDirectoryError(f"Process {refused} cannot begin: {told[refused]}")
+    if error is not None:
+        raise error
+
+
+def _check_checkpoint(recipe: Recipe, checkpoint: Path) -> None:
+    """See to it that a run by this recipe can go on from a checkpoint."""
+    run_directory.check_origin(checkpoint.parent, recipe)
+    steps = recipe.training.max_steps
+    if saved_step(checkpoint) > steps:
+        raise CheckpointError(f"training.max_steps is {steps}, but {checkpoint} is past it: raise it.")
+    if saved_step(checkpoint) < steps:
+        check_complete(checkpoint)
+    elif not list(checkpoint.glob("*.safetensors")):
+        raise CheckpointError(f"{checkpoint} holds shards only: raise training.max_steps, or resume an earlier one.")
+
+
+class _AfterFirstStep(TrainerCallback):
+    """Calls a function when the first step has been taken."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._function is not None:
+            self._function()
+            self._function = None
+
+
+def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, start: _Start) -> Path:
     """Train in a directory that is this run's."""
-    if checkpoint is not None and saved_step(checkpoint) >= recipe.training.max_steps:
+    checkpoint = start.checkpoint
+    if checkpoint is not None and saved_step(checkpoint) == recipe.training.max_steps:
         return _finish(recipe, directory, checkpoint)
-    trainer = _build_trainer(recipe, arguments, data)
+    trainer = _build_trainer(recipe, arguments, start.data)
     bar = ProgressBar()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
     trainer.add_callback(bar)
+    if start.begun is not None:
+        trainer.add_callback(_AfterFirstStep(start.begun))
     with _quiet_saving():
         try:
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -106,10 +186,6 @@ def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, data: _D
 def _finish(recipe: Recipe, directory: Path, checkpoint: Path) -> Path:
     """End a run that was killed after its last checkpoint: what remains is to put the model in its place."""
     steps = recipe.training.max_steps
-    if saved_step(checkpoint) > steps:
-        raise CheckpointError(f"training.max_steps is {steps}, but {checkpoint} is past it: raise it.")
-    if not list(checkpoint.glob("*.safetensors")):
-        raise CheckpointError(f"{checkpoint} holds shards only: raise training.max_steps, or resume an earlier one.")
     if os.environ.get("RANK", "0") == "0":
         discard_incomplete(directory)
         for path in checkpoint.iterdir():
@@ -199,13 +275,13 @@ class _Data:
 
 
 def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
-    """The data; `keep_tokenizer`: use the one that an earlier part of the run, or another process, has trained."""
+    """The data; `keep_tokenizer`: use the one in `directory` that an earlier part or another process has trained."""
     if isinstance(recipe.data, NeedleData):
         return _needle_data(recipe, recipe.data)
     return _text_data(recipe, recipe.data, directory, keep_tokenizer)
 
 
-def _check_data(recipe: Recipe, directory: Path, data: _Data, checkpoint: Path | None) -> None:
+def _check_data(recipe: Recipe, data: _Data, checkpoint: Path | None) -> None:
     """See to it that a run that goes on has the data it was started with, streamed as they were."""
     if checkpoint is None:
         return
@@ -217,7 +293,7 @@ def _check_data(recipe: Recipe, directory: Path, data: _Data, checkpoint: Path |
         )
     identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
     if identity is not None:
-        run_directory.check_data(directory, identity)
+        run_directory.check_data(checkpoint.parent, identity)
 
 
 def _keep_data(recipe: Recipe, directory: Path, data: _Data) -> None:

@@ -6,22 +6,25 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from holdfast.configuration import AUTO_FILE
-from holdfast.files import write_json, write_text
+from holdfast.files import locked, write_json, write_text
 from holdfast.settings import to_toml
-from holdfast.training.checkpointing import checkpoints
+from holdfast.training.checkpointing import checkpoints, step_of
 from holdfast.training.recipe import Recipe, load_recipe
+from holdfast.training.replaced import ASIDE, discard, give_back, set_aside
 
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 DATA_FILE = "data.json"
 _LOCK = ".lock"
+# The lock, what lies aside, and what those leave who are killed while they write.
+_PASSING = re.compile(r"\.lock$|\.replaced$|\.(recipe|data|summary|metrics|incomplete)-")
 # Found alone, these say that a run was prepared and never trained a step.
 _PREPARED = {RECIPE_FILE, DATA_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
@@ -67,11 +70,26 @@ def check(directory: Path, recipe: Recipe, resume: bool) -> None:
         raise RunDirectoryError(f"Cannot write into {directory}: {standing} {reason}.")
 
 
-@contextlib.contextmanager
-def claim(directory: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
-    """Have the directory for this run while the block lasts: write its recipe.toml, clear what is to be overwritten.
+def recover(directory: Path) -> None:
+    """Give back what a process had set aside that was killed before its first step, unless one trains here now."""
+    if (directory / ASIDE).exists():
+        with contextlib.suppress(Timeout), locked(directory / _LOCK):
+            give_back(directory, _is_own)
 
-    Enter it when all that may be refused has been checked: an earlier run is gone then.
+
+@contextlib.contextmanager
+def claim(directory: Path, recipe: Recipe, resume: bool, step: int | None = None) -> Iterator[Callable[[], None]]:
+    """Have the directory for this run while the block lasts: write its recipe.toml, set aside what is replaced by it.
+
+    Args:
+        directory: of the run.
+        recipe: of the run.
+        resume: whether it goes on.
+        step: where from; later checkpoints are replaced by those that are to come.
+
+    Yields:
+        What to call when the run has begun, after its first step: what was replaced is removed then. Where the block
+        ends with an exception before, all is as it was; where it ends well, what was replaced is gone.
 
     Raises:
         RunDirectoryError: as `check`, and if another process trains here.
@@ -80,20 +98,20 @@ def claim(directory: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(NotImplementedError):  # some network file systems have no locks
-                held.enter_context(FileLock(directory / _LOCK, timeout=0))
+            held.enter_context(locked(directory / _LOCK))
+            give_back(directory, _is_own)
             check(directory, recipe, resume)  # it may have become another's meanwhile
-            if recipe.output.overwrite and not resume and RECIPE_FILE in _entries(directory):
-                _clear(directory)
-            (directory / SUMMARY_FILE).unlink(missing_ok=True)  # a finished run goes on
-            # It was asked for once, and not by those who will train by the recipe of this run.
-            output = dataclasses.replace(recipe.output, overwrite=False)
-            write_text(directory / RECIPE_FILE, to_toml(dataclasses.replace(recipe, output=output)))
+            _replace(directory, recipe, everything=recipe.output.overwrite and not resume, step=step)
         except Timeout as error:
             raise RunDirectoryError(f"{directory} is being trained in by another process: wait, or stop it.") from error
         except OSError as error:
             raise RunDirectoryError(f"Cannot write into {directory}: {error.strerror or error}.") from error
-        yield
+        try:
+            yield lambda: discard(directory)
+        except BaseException:
+            give_back(directory, _is_own)
+            raise
+        discard(directory)
 
 
 def check_data(directory: Path, identity: dict[str, int]) -> None:
@@ -109,6 +127,16 @@ def check_data(directory: Path, identity: dict[str, int]) -> None:
             f"{directory} was started with other data ({before['blocks']:,} blocks, now {identity['blocks']:,}; their "
             "checksums differ): resume it with that, or give the run another name (--name)."
         )
+
+
+def check_origin(origin: Path, recipe: Recipe) -> None:
+    """See to it that a run which goes on from a checkpoint of the run in `origin` has its settings.
+
+    Raises:
+        RunDirectoryError: if a setting differs that may not.
+    """
+    if (origin / RECIPE_FILE).exists():
+        _check_same(origin / RECIPE_FILE, recipe)
 
 
 def note_data(directory: Path, identity: dict[str, int]) -> None:
@@ -166,14 +194,25 @@ def _flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def _clear(directory: Path) -> None:
-    """Take out what an earlier run wrote; anything else stays."""
-    for checkpoint in checkpoints(directory):
-        shutil.rmtree(checkpoint)
-    for name in _OWN_FILES:
-        (directory / name).unlink(missing_ok=True)
-    for events in (directory / "runs").rglob("events.out.tfevents.*"):  # where transformers lets TensorBoard write
-        events.unlink()
+def _replace(directory: Path, recipe: Recipe, everything: bool, step: int | None) -> None:
+    """Set aside what an earlier run wrote, `everything` or what a run that goes on changes; write the recipe."""
+    there = [path for path in directory.iterdir() if _is_own(path.name)]
+    everything = everything and (directory / RECIPE_FILE).exists()
+    if everything:
+        events = (directory / "runs").rglob("events.out.tfevents.*")  # where transformers lets TensorBoard write
+        set_aside(directory, moved=there, copied=(), doomed=events)
+    else:
+        changed = [path for path in there if path.name in (RECIPE_FILE, DATA_FILE)]
+        later = [path for path in checkpoints(directory) if step is not None and step_of(path) > step]
+        finished = [path for path in there if path.name == SUMMARY_FILE]
+        set_aside(directory, moved=[*finished, *later], copied=changed, doomed=())
+    # It was asked for once, and not by those who will train by the recipe of this run.
+    output = dataclasses.replace(recipe.output, overwrite=False)
+    write_text(directory / RECIPE_FILE, to_toml(dataclasses.replace(recipe, output=output)))
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN_FILES or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdigit())
 
 
 def _entries(directory: Path) -> set[str]:
@@ -183,5 +222,5 @@ def _entries(directory: Path) -> set[str]:
     return {
         entry.name
         for entry in directory.iterdir()
-        if entry.name != _LOCK and not (entry.name == METRICS_FILE and entry.stat().st_size == 0)
+        if not _PASSING.match(entry.name) and not (entry.name == METRICS_FILE and entry.stat().st_size == 0)
     }

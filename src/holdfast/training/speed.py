@@ -90,7 +90,7 @@ class SpeedMeter(TrainerCallback):
         """Count a batch of [B, T] tokens that the model is trained on; `cu_seqlens`: of documents packed into it."""
         self._tokens += shape.numel()
         self._squares = self._squares + (  # stays on its device: reading it would stall a GPU
-            shape.numel() * shape[-1] if cu_seqlens is None else cu_seqlens.diff().double().square().sum()
+            shape.numel() * shape[-1] if cu_seqlens is None else cu_seqlens.diff().long().square().sum()
         )
 
     def _count_time(self) -> None:

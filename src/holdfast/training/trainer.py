@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.utils import logging
 
 from holdfast.data.stream import TextStream
 from holdfast.files import write_json
@@ -28,6 +29,8 @@ from holdfast.training import checkpointing
 from holdfast.training.callbacks import RetentionCallback
 from holdfast.training.checkpointing import CheckpointError, explaining_reads, explaining_writes
 from holdfast.training.speed import SpeedMeter
+
+logger = logging.get_logger(__name__)
 
 DATA_POSITION = "data_position"
 """Directory in a checkpoint where each process leaves its position in a `TextStream`."""
@@ -93,13 +96,14 @@ class _IntervalsAsAsked(TrainerCallback):
 class HybridTrainer(Trainer):
     """A Trainer whose optimizer uses `parameter_groups`, and whose logs show what learned eviction does.
 
-    A pass over data in memory is a whole number of steps, so that every step is as large as the others, on any number
-    of devices; the samples left over, others in every pass, wait for the next. The loss of evaluations is that of the
-    text alone, without the penalty. Its logs gain `lm_loss`, `retention_loss`, over all heads `kept_mean|min|max`,
-    `stored_mean|min|max` and `lambda_mean|max` (see `RetentionCallback.drain`), and what `SpeedMeter` measures. A loss
-    that is NaN or infinite ends the run at the next log or checkpoint, before anything broken is saved. A checkpoint
-    bears its name only when it is complete; one that cannot be written or read ends the run with a `CheckpointError`. A
-    `TextStream` to train on is shared out over the processes, and checkpoints hold its position.
+    A pass in random order over data in memory is a whole number of steps, so that every step is as large as the others,
+    on any number of devices; the samples left over, others in every pass, wait for the next. The loss of evaluations is
+    that of the text alone, without the penalty. Its logs gain `lm_loss`, `retention_loss`, over all heads
+    `kept_mean|min|max`, `stored_mean|min|max` and `lambda_mean|max` (see `RetentionCallback.drain`), and what
+    `SpeedMeter` measures. A loss that is NaN or infinite ends the run at the next log or checkpoint, before anything
+    broken is saved. A checkpoint bears its name only when it is complete; one that cannot be written or read ends the
+    run with a `CheckpointError`. A `TextStream` to train on is shared out over the processes, and checkpoints hold its
+    position.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`.
@@ -137,6 +141,8 @@ class HybridTrainer(Trainer):
             raise ValueError(
                 f"scorer_final_lr_share needs lr_scheduler_type 'cosine_with_min_lr', not {schedule.value}."
             )
+        if any(isinstance(callback, RetentionCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("HybridTrainer has a RetentionCallback of its own: give yours as retention=…")
         self.scorer_final_lr_share = scorer_final_lr_share
         self._scorer_groups: list[int] | None = None
         if isinstance(self.train_dataset, TextStream):
@@ -194,7 +200,16 @@ class HybridTrainer(Trainer):
             return sampler
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         whole = sampler.num_samples - sampler.num_samples % step
-        return RandomSampler(sampler.data_source, num_samples=whole) if whole else sampler
+        if not whole:
+            logger.warning(
+                f"There are {sampler.num_samples:,} samples, fewer than the {step:,} of a step: all steps are smaller."
+            )
+            return sampler
+        return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):  # loaders draw a number, which dropout would miss
+            return super().evaluate(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -218,6 +233,8 @@ class HybridTrainer(Trainer):
             scorers = {id(parameter) for name, parameter in trained.named_parameters() if _is_scorers(name)}
             self._scorer_groups = [index for index, group in enumerate(groups) if id(group["params"][0]) in scorers]
             self.optimizer = optimizer_class(groups, **settings)
+        elif self._scorer_groups is None and (self.scorer_lr_scale != 1 or self.scorer_weight_decay is not None):
+            raise ValueError("scorer_lr_scale and scorer_weight_decay need the Trainer's own optimizer.")
         return self.optimizer
 
     def create_scheduler(
@@ -338,7 +355,7 @@ class HybridTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:  # which has files of its own
             checkpointing.check_complete(Path(checkpoint))
         with explaining_reads(checkpoint, "optimizer state"):
             super()._load_optimizer_and_scheduler(checkpoint)

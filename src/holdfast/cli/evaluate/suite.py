@@ -170,7 +170,7 @@ class _Measuring:
             "settings": settings | contents,
             "drawn": [path.name for path in _pictures(command)],
             "accuracy": None if accuracy is None else accuracy.read_text(encoding="utf-8"),
-            "models": [self._fingerprint(directory) for directory in part.models],
+            "models": [[directory.name, self._fingerprint(directory)] for directory in part.models],
             "machine": [self.machine[name] for name in ("processor", "accelerator", "threads")],
         }
 
