@@ -1,5 +1,6 @@
 """Work in several processes: what it returns, how it stops, and that nothing outlives who started it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -65,6 +66,21 @@ def test_the_first_that_fails_stops_the_others(tmp_path: Path, fault: str, error
     assert all_ended(tmp_path)
 
 
+def test_where_a_worker_cannot_be_started_the_others_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = multiprocessing.Process.start, []
+
+    def twice(process: multiprocessing.Process) -> None:
+        if len(started) == 2:
+            raise BlockingIOError("no more processes")
+        start(process)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", twice)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        list(in_processes(stumble, [("", tmp_path)] * 3))
+    assert not any(process.is_alive() for process in started)
+
+
 def test_closing_stops_all(tmp_path: Path) -> None:
     items = in_processes(stumble, [("", tmp_path), ("", tmp_path)])
     next(items)
@@ -73,12 +89,14 @@ def test_closing_stops_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the states of processes in /proc")
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, method: str) -> None:
     script = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_processes import in_processes, stumble\n"
+        "import multiprocessing, sys, pathlib; multiprocessing.set_start_method(sys.argv[3])\n"
+        "sys.path.insert(0, sys.argv[1]); from test_processes import in_processes, stumble\n"
         "list(in_processes(stumble, [('', pathlib.Path(sys.argv[2]))] * 2))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)])
+    parent = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path), method])
     try:
         wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
         assert not all_ended(tmp_path)

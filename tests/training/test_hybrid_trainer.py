@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_model import MODEL, TASK
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.trainer_utils import IntervalStrategy
 
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.data.needle import NeedleStream
@@ -98,6 +99,7 @@ def test_a_run_leaves_model_metrics_and_recipe(finished):
     model = HybridForCausalLM.from_pretrained(directory)
     assert model.config.controller["interval"] == 2
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, None, 0)
+    assert (directory / "model.safetensors").stat().st_mode & 0o777 == 0o644  # others may read it
     weights = load_file(directory / "model.safetensors")
     assert weights["model.l1_lambda"].shape == weights["model.num_kept"].shape == (1, 2)
     assert json.loads((directory / "summary.json").read_text())["steps"] == 8
@@ -405,6 +407,24 @@ def test_without_a_terminal_progress_is_one_line_per_log(tmp_path, capsys):
         assert shown in lines[1]
 
 
+def test_the_bar_moves_while_a_model_is_evaluated(tmp_path):
+    shown = []
+    bar = ProgressBar()
+    bar._console = Console(file=io.StringIO(), force_terminal=True, width=80)
+
+    class Look(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            shown.append(bar._bar.text)
+
+    options = {"max_steps": 2, "save_strategy": "no", "eval_steps": 1}
+    trainer = make_trainer(tmp_path, HybridTrainer, per_device_eval_batch_size=32, **options)
+    trainer.eval_dataset, trainer.args.eval_strategy = trainer.train_dataset, IntervalStrategy.STEPS
+    trainer.add_callback(bar)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert shown == [f"evaluating: batch {number}/2" for number in (1, 2)] * 2
+
+
 def test_a_narrow_terminal_shows_the_bar_and_every_number(tmp_path):
     trainer = make_trainer(tmp_path, HybridTrainer, max_steps=2, save_strategy="no", logging_steps=1)
     bar = ProgressBar()
@@ -464,6 +484,18 @@ def test_what_looks_like_a_prepared_run_is_not_taken_over(tmp_path):
         pass
     assert not (directory / "tokenizer.json").exists()
     check(directory, recipe, resume=False)  # its own recipe, which never trained a step
+
+
+def test_what_has_become_anothers_meanwhile_is_not_taken(finished, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def late(path):
+        shutil.copytree(finished[0], tmp_path / "run", dirs_exist_ok=True)
+        yield
+
+    monkeypatch.setattr(run_directory, "locked", late)
+    with pytest.raises(RunDirectoryError, match="holds a finished run"):
+        train(make_recipe(tmp_path))
+    assert sorted(contents_of(tmp_path / "run").values()) == sorted(contents_of(finished[0]).values())
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path):

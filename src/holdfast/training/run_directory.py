@@ -23,11 +23,13 @@ from holdfast.training.replaced import ASIDE, discard, give_back, set_aside
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 DATA_FILE = "data.json"
 _LOCK = ".lock"
+_NUMBERED = re.compile(r"checkpoint-\d+|model-\d{5}-of-\d{5}\.safetensors")
 # The lock, what lies aside, and what those leave who are killed while they write.
 _PASSING = re.compile(r"\.lock$|\.replaced$|\.(recipe|data|summary|metrics|incomplete)-")
 # Found alone, these say that a run was prepared and never trained a step.
 _PREPARED = {RECIPE_FILE, DATA_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 _MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
+_MODEL_FILES |= {"model.safetensors.index.json", "chat_template.jinja"}  # where there are several, or one
 _OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
 _FREE = (
@@ -212,7 +214,8 @@ def _replace(directory: Path, recipe: Recipe, everything: bool, step: int | None
 
 
 def _is_own(name: str) -> bool:
-    return name in _OWN_FILES or (name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdigit())
+    """Whether a run writes files or directories of this name."""
+    return name in _OWN_FILES or _NUMBERED.fullmatch(name) is not None
 
 
 def _entries(directory: Path) -> set[str]:
