@@ -273,7 +273,9 @@ def test_an_interrupted_run_says_how_it_goes_on(
     assert "Continuing after step 2 of 4." in capsys.readouterr().err
 
 
-def test_a_run_is_resumed_where_it_lies_now(recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_is_resumed_where_it_lies_now(
+    recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["train", recipe, "--output.directory", str(tmp_path / "runs"), "--training.max-steps", "2"]
     assert main(argv) == 0
     moved = (tmp_path / "runs" / "tiny").rename(tmp_path / "moved")
@@ -282,6 +284,9 @@ def test_a_run_is_resumed_where_it_lies_now(recipe: str, tmp_path: Path, caplog:
         assert main(["train", str(place), "--resume", "--training.max-steps", str(steps)]) == 0
         assert json.loads((moved / "summary.json").read_text())["steps"] == steps
     assert not (tmp_path / "runs" / "tiny").exists()
+    assert f"`holdfast train {moved} --resume` continues the run" in refused(capsys, "train", str(moved))
+    assert f"{moved} --resume` continues" in refused(capsys, "train", str(moved / "checkpoint-4"), "--resume")
+    assert "is a directory without a recipe.toml" in refused(capsys, "train", str(tmp_path / "runs"), "--resume")
     assert main(["train", str(moved), "--resume"]) == 0  # as a scheduler does that starts it again and again
     assert "moved is finished; raise training.max_steps to go on" in caplog.text
 

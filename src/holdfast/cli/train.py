@@ -87,10 +87,13 @@ def _train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("Give the recipe first: `holdfast train RECIPE [OVERRIDES]`; `--list` shows the recipes.")
     name, *overrides = arguments
-    if resume:
-        name, overrides = _where_it_lies(name, overrides)
-    elif Path(name).is_dir():
-        raise UsageError(f"{name} is a directory: `holdfast train {name} --resume` continues the run in it.")
+    from holdfast.training.recipe import list_recipes
+
+    if name not in list_recipes():
+        if resume:
+            name, overrides = _where_it_lies(name, overrides)
+        if Path(name).is_dir():
+            raise UsageError(_of_directory(Path(name)))
     recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
@@ -103,13 +106,24 @@ def _train(arguments: list[str]) -> None:
         output_console().print(f"The model is in {directory}.", soft_wrap=True)
 
 
+def _of_directory(path: Path) -> str:
+    """What to say where a directory is named in place of a recipe."""
+    from holdfast.training.run_directory import RECIPE_FILE
+
+    run = next((folder for folder in (path, path.parent) if (folder / RECIPE_FILE).is_file()), None)
+    if run is None:
+        return f"{path} is a directory without a {RECIPE_FILE}: give a recipe, or the directory of a run to --resume."
+    return f"{path} is no recipe: `holdfast train {run} --resume` continues the run from its last checkpoint."
+
+
 def _where_it_lies(name: str, overrides: list[str]) -> tuple[str, list[str]]:
     """Recipe and overrides for the run to resume; one named by its directory may have been moved since it began."""
     from holdfast.training.run_directory import METRICS_FILE, RECIPE_FILE
 
     path = Path(name) / RECIPE_FILE if Path(name).is_dir() else Path(name)
     directory = path.resolve().parent
-    is_of_run = path.name == RECIPE_FILE and path.is_file() and (directory / METRICS_FILE).exists()
+    is_of_run = path.name == RECIPE_FILE and path.is_file()
+    is_of_run = is_of_run and (Path(name).is_dir() or (directory / METRICS_FILE).exists())
     chosen = {"--name", "--output.directory"} & {override.partition("=")[0] for override in overrides}
     if is_of_run and not chosen:
         overrides = ["--output.directory", os.path.relpath(directory.parent), "--name", directory.name, *overrides]

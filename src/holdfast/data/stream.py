@@ -184,7 +184,8 @@ class TextStream(IterableDataset):
             for name, value in self._identity.items():
                 if one["stream"][name] != value:
                     raise ValueError(
-                        f"the position is that of a stream with {name} = {one['stream'][name]!r}, not {value!r}."
+                        f"the position is that of a stream with {name} = {one['stream'][name]!r}, not {value!r}: go on "
+                        "with what it was started with, or begin anew under another name."
                     )
             for number, position in one["lanes"].items():
                 positions[int(number)] = _Position(**position | {"cursor": Cursor(**position["cursor"])})
