@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback
 
 from holdfast.data.text import PackedText, TextStream, byte_tokenizer, load_text, prepare
-from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, run, train
+from holdfast.training import HybridTrainer, Recipe, RunDirectoryError, read_metrics, run_data, train
 from holdfast.training.recipe import OutputSection, TextData, TrainingSection
 from holdfast.training.text_blocks import check_evaluation, evaluation_blocks, training_blocks
 
@@ -143,7 +143,9 @@ def test_text_that_was_streamed_is_not_gone_on_with_in_memory(corpus, tmp_path, 
     recipe = make_recipe(tmp_path, corpus, workers=0)
     train_until_killed(recipe, monkeypatch)
     with monkeypatch.context() as patch:  # as if the files had shrunk since
-        patch.setattr(run, "training_blocks", lambda data, *args, **options: training_blocks(smaller, *args, **options))
+        patch.setattr(
+            run_data, "training_blocks", lambda data, *args, **options: training_blocks(smaller, *args, **options)
+        )
         smaller = dataclasses.replace(recipe.data, in_memory=64)
         with pytest.raises(RunDirectoryError, match="streamed its text, which is now small enough to be held in mem"):
             train(recipe, resume=True)

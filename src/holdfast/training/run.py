@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed as seed_generators
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from holdfast.data.needle import NeedleStream
 from holdfast.data.stream import TextStream
-from holdfast.data.text import collate_isolated, is_prepared, load_tokenizer
-from holdfast.files import replacing, write_files, write_json
+from holdfast.files import replacing, write_json
 from holdfast.modeling import HybridForCausalLM
 from holdfast.training import run_directory
 from holdfast.training.callbacks import RetentionCallback
@@ -34,10 +31,10 @@ from holdfast.training.checkpointing import (
     saved_step,
 )
 from holdfast.training.metrics import MetricsFile, ProgressBar, read_metrics
-from holdfast.training.recipe import NeedleData, Recipe, TextData
+from holdfast.training.recipe import NeedleData, Recipe
+from holdfast.training.run_data import RunData, build_data, check_data, keep_data
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE, RunDirectoryError
-from holdfast.training.text_blocks import check_evaluation, evaluation_blocks, identify, own_tokenizer, training_blocks
-from holdfast.training.trainer import DATA_POSITION, HybridTrainer
+from holdfast.training.trainer import HybridTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +89,7 @@ class _Start:
         begun: what is to be called after the first step, in the first process.
     """
 
-    data: _Data
+    data: RunData
     checkpoint: Path | None
     begun: Callable[[], None] | None
 
@@ -112,15 +109,15 @@ def _start(
     if checkpoint is not None:
         _check_checkpoint(recipe, checkpoint)
     home = directory if checkpoint is None else checkpoint
-    data = _build_data(recipe, home, keep_tokenizer=bool(resume) or not is_first)
+    data = build_data(recipe, home, keep_tokenizer=bool(resume) or not is_first)
     if isinstance(data.training, TextStream):  # the Trainer does so too, after the model is built
         data.training.set_rank(arguments.process_index, arguments.world_size)
-    _check_data(recipe, data, checkpoint)
+    check_data(recipe, data, checkpoint)
     begun = None
     if is_first:
         step = None if checkpoint is None else saved_step(checkpoint)
         begun = held.enter_context(run_directory.claim(directory, recipe, bool(resume), step))
-        _keep_data(recipe, directory, data)
+        keep_data(recipe, directory, data)
     return _Start(data, checkpoint, begun)
 
 
@@ -217,7 +214,7 @@ def _write_summary(directory: Path, steps: int, checkpoint: Path | None, model: 
     write_json(directory / SUMMARY_FILE, summary)
 
 
-def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: _Data) -> HybridTrainer:
+def _build_trainer(recipe: Recipe, arguments: TrainingArguments, data: RunData) -> HybridTrainer:
     trainer = HybridTrainer(
         model=_build_model(recipe, data.tokenizer),
         args=arguments,
@@ -263,85 +260,6 @@ def _quiet_saving() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@dataclasses.dataclass
-class _Data:
-    training: Dataset
-    evaluation: Dataset | None
-    collator: Any
-    tokenizer: PreTrainedTokenizerFast | None
-    tokenizer_is_new: bool = False
-
-
-def _build_data(recipe: Recipe, directory: Path, keep_tokenizer: bool) -> _Data:
-    """The data; `keep_tokenizer`: use the one in `directory` that an earlier part or another process has trained."""
-    if isinstance(recipe.data, NeedleData):
-        return _needle_data(recipe, recipe.data)
-    return _text_data(recipe, recipe.data, directory, keep_tokenizer)
-
-
-def _check_data(recipe: Recipe, data: _Data, checkpoint: Path | None) -> None:
-    """See to it that a run that goes on has the data it was started with, streamed as they were."""
-    if checkpoint is None:
-        return
-    if (checkpoint / DATA_POSITION).exists() and not isinstance(data.training, TextStream):
-        raise RunDirectoryError(
-            f"{checkpoint} is of a run that streamed its text, which is now small enough to be held in memory "
-            "(data.in_memory): its files have changed. Resume it with those it was started with, or give the run "
-            "another name (--name)."
-        )
-    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
-    if identity is not None:
-        run_directory.check_data(checkpoint.parent, identity)
-
-
-def _keep_data(recipe: Recipe, directory: Path, data: _Data) -> None:
-    """Keep with the run what its data were, and a tokenizer that was trained on them."""
-    if data.tokenizer_is_new and data.tokenizer is not None:
-        write_files(directory, data.tokenizer.save_pretrained)
-    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
-    if identity is not None:
-        run_directory.note_data(directory, identity)
-
-
-def _needle_data(recipe: Recipe, data: NeedleData) -> _Data:
-    training = recipe.training
-    if data.task.vocab_size > recipe.model["vocab_size"]:
-        raise ValueError(
-            f"model.vocab_size is {recipe.model['vocab_size']}, but the needle task has {data.task.vocab_size} tokens."
-        )
-    per_step = training.batch_size * training.accumulation
-    curriculum = [(step * per_step, pairs, length) for step, pairs, length in data.curriculum] or None
-    stream = NeedleStream(data.task, curriculum, training.seed, size=training.max_steps * per_step)
-    held_out = NeedleStream(data.task, None, training.seed + 1, size=data.eval_samples)
-    return _Data(stream, held_out if training.eval_every else None, NeedleStream.collate, None)
-
-
-def _text_data(recipe: Recipe, data: TextData, directory: Path, keep_tokenizer: bool) -> _Data:
-    if recipe.training.eval_every:
-        check_evaluation(data)
-        if data.validation_split is None:
-            logger.warning("No evaluations are made, whatever training.eval_every: data.validation_split is not set.")
-    is_new = False
-    if is_prepared(data.source):
-        tokenizer = load_tokenizer(data.source)
-    elif data.tokenizer != "train":
-        tokenizer = load_tokenizer(data.tokenizer)
-    elif keep_tokenizer and (directory / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(directory)
-    else:
-        tokenizer, is_new = own_tokenizer(data, recipe.model["vocab_size"]), True
-    if len(tokenizer) > recipe.model["vocab_size"]:
-        source = data.source if is_prepared(data.source) else data.tokenizer
-        raise ValueError(
-            f"model.vocab_size is {recipe.model['vocab_size']}, but the tokenizer {source!r} has "
-            f"{len(tokenizer)} tokens."
-        )
-    blocks = training_blocks(data, tokenizer, seed=recipe.training.seed, workers=recipe.training.workers)
-    evaluation = evaluation_blocks(data, tokenizer) if recipe.training.eval_every else None
-    collator = collate_isolated if data.isolate else default_data_collator
-    return _Data(blocks, evaluation, collator, tokenizer, is_new)
 
 
 def _training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
