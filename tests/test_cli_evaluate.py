@@ -15,6 +15,7 @@ from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
 from holdfast.settings import to_toml
 from holdfast.training.recipe import NeedleData, load_recipe
+from refusals import refused
 
 Answer = Callable[[Conversation, int, Any], list[list[int]]]
 NEEDLE = ("--length", "500", "--depths", "0", "100", "--samples", "2", "--new-tokens", "8", "--batch-size", "3")
@@ -63,15 +64,6 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         return rows
 
     return arrange
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Run an evaluation that must be refused as wrongly called; its one line of error."""
-    capsys.readouterr()
-    assert main(["evaluate", *argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def commands(models: Path, squad: Path) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ from holdfast.evaluation.perplexity import evaluate_perplexity
 from holdfast.modeling import HybridModel
 from holdfast.settings import to_toml
 from holdfast.training.recipe import NeedleData, load_recipe
+from refusals import refused
 
 TASK = NeedleTask(length=24, num_pairs=3, num_keys=8, num_values=8, num_noise=4, window=6)
 TOLD = 64
@@ -80,15 +81,6 @@ def counted(most: int = 10**6) -> Iterator[list[torch.Size]]:
 
 def written(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Run an evaluation that must be refused as wrongly called; its one line of error."""
-    capsys.readouterr()
-    assert main(["evaluate", *argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.mark.parametrize(

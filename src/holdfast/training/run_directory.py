@@ -23,13 +23,14 @@ from holdfast.training.replaced import ASIDE, discard, give_back, set_aside
 RECIPE_FILE, METRICS_FILE, SUMMARY_FILE = "recipe.toml", "metrics.jsonl", "summary.json"
 DATA_FILE = "data.json"
 _LOCK = ".lock"
+# Checkpoints, and the files of a model too large for one.
 _NUMBERED = re.compile(r"checkpoint-\d+|model-\d{5}-of-\d{5}\.safetensors")
 # The lock, what lies aside, and what those leave who are killed while they write.
 _PASSING = re.compile(r"\.lock$|\.replaced$|\.(recipe|data|summary|metrics|incomplete)-")
 # Found alone, these say that a run was prepared and never trained a step.
 _PREPARED = {RECIPE_FILE, DATA_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-_MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", AUTO_FILE}
-_MODEL_FILES |= {"model.safetensors.index.json", "chat_template.jinja"}  # where there are several, or one
+_MODEL_FILES = {"config.json", "generation_config.json", "chat_template.jinja", AUTO_FILE}
+_MODEL_FILES |= {"model.safetensors", "model.safetensors.index.json"}
 _OWN_FILES = {*_PREPARED, *_MODEL_FILES, METRICS_FILE, SUMMARY_FILE}
 # What a resumed run may do differently: how long it goes on, and what the weights do not depend on.
 _FREE = (
@@ -96,13 +97,12 @@ def claim(directory: Path, recipe: Recipe, resume: bool, step: int | None = None
     Raises:
         RunDirectoryError: as `check`, and if another process trains here.
     """
-    check(directory, recipe, resume)
     with contextlib.ExitStack() as held:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory / _LOCK))
             give_back(directory, _is_own)
-            check(directory, recipe, resume)  # it may have become another's meanwhile
+            check(directory, recipe, resume)  # with nobody else at work here: it may have become another's
             _replace(directory, recipe, everything=recipe.output.overwrite and not resume, step=step)
         except Timeout as error:
             raise RunDirectoryError(f"{directory} is being trained in by another process: wait, or stop it.") from error
