@@ -16,7 +16,9 @@ from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
+from holdfast.cli.evaluate.parts import Part
 from holdfast.cli.evaluate.perplexity import Perplexity
+from holdfast.cli.evaluate.suite import _Measuring
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer
 from holdfast.settings import to_toml
@@ -311,3 +313,18 @@ def stop(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kind, "run", interrupt)
+
+
+def test_what_was_measured_of_a_model_that_had_the_name_of_another_is_not_its(models: Path, tmp_path: Path) -> None:
+    def determining() -> dict[str, Any]:
+        part = Part("needle task", "needle-task", (tmp_path / "a" / "m", tmp_path / "b" / "m"), "")
+        return _Measuring(tmp_path)._determining(part, None, {})
+
+    for name, source in (("a", "lalte"), ("b", EVIL)):
+        shutil.copytree(models / source, tmp_path / name / "m")
+    before = determining()
+    assert determining() == before
+    for name, other in (("a", "c"), ("b", "a"), ("c", "b")):
+        (tmp_path / name).rename(tmp_path / other)
+    swapped = determining()["models"]
+    assert swapped != before["models"] != swapped[::-1]

@@ -170,7 +170,8 @@ class _Measuring:
             "settings": settings | contents,
             "drawn": [path.name for path in _pictures(command)],
             "accuracy": None if accuracy is None else accuracy.read_text(encoding="utf-8"),
-            "models": [[directory.name, self._fingerprint(directory)] for directory in part.models],
+            # Their names stand in tables and pictures, a folder with them where they would be the same.
+            "models": [[*each.resolve().parts[-2:], self._fingerprint(each)] for each in part.models],
             "machine": [self.machine[name] for name in ("processor", "accelerator", "threads")],
         }
 
