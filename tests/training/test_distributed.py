@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
@@ -55,8 +56,8 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
-def in_two_processes(work) -> None:
-    """Run `work` twice, as torchrun would start it."""
+def in_two_processes(work, status: int = 0) -> None:
+    """Run `work` twice, as torchrun would start it; both end with a status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,7 +76,7 @@ def in_two_processes(work) -> None:
     for process in processes:
         process.join(120)
         process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [status, status]
 
 
 def train_noting_lambda(recipe: Recipe, **options) -> Path:
@@ -169,6 +170,31 @@ def test_two_processes_resume_what_they_began(parallel, alone, tmp_path):
     before = losses(run)
     in_two_processes(lambda: train(recipe, resume=True))
     assert losses(run) == pytest.approx(before, rel=1e-6)
+
+
+def test_both_processes_stop_where_one_is_told_to(alone, tmp_path):
+    recipe = make_recipe(tmp_path)
+
+    class Tell(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 19 and args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def told() -> None:
+        original = HybridTrainer.__init__
+
+        def telling(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.add_callback(Tell())
+
+        HybridTrainer.__init__ = telling
+        train(recipe)
+
+    in_two_processes(told, status=143)
+    run = tmp_path / "run"
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-20"]
+    in_two_processes(lambda: train(recipe, resume=True))
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_sharding_on_cpus_is_refused(tmp_path, monkeypatch):

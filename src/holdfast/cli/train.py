@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +98,16 @@ def _train(arguments: list[str]) -> None:
     recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
+    from holdfast.training.stopping import TrainingStopped
 
     try:
         directory = train(recipe, resume=resume)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(recipe)) from stop
+    except TrainingStopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"holdfast: {_how_to_continue(recipe)}", file=sys.stderr)
+        raise
     if os.environ.get("RANK", "0") == "0":  # once, however many processes have trained it
         output_console().print(f"The model is in {directory}.", soft_wrap=True)
 

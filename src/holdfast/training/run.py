@@ -34,6 +34,7 @@ from holdfast.training.metrics import MetricsFile, ProgressBar, read_metrics
 from holdfast.training.recipe import NeedleData, Recipe
 from holdfast.training.run_data import RunData, build_data, check_data, keep_data
 from holdfast.training.run_directory import METRICS_FILE, SUMMARY_FILE, RunDirectoryError
+from holdfast.training.stopping import StopOnTermination, TrainingStopped
 from holdfast.training.trainer import HybridTrainer
 
 logger = logging.get_logger(__name__)
@@ -63,6 +64,7 @@ def train(recipe: Recipe, *, resume: bool | str = False) -> Path:
             another process trains in it, or if a resumed run has other data.
         CheckpointError: if a checkpoint cannot be written (a full disk, say), or the one to resume from not be read.
         TrainingDivergedError: if the loss is no longer a number.
+        TrainingStopped: a `SystemExit`: after a SIGTERM, once a checkpoint is written.
         ValueError: if the recipe does not fit together, e.g. a tokenizer larger than the model's vocabulary.
     """
     recipe.build_config()  # a mistake in the recipe must not leave a directory behind
@@ -163,8 +165,9 @@ def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, start: _
     if checkpoint is not None and saved_step(checkpoint) == recipe.training.max_steps:
         return _finish(recipe, directory, checkpoint)
     trainer = _build_trainer(recipe, arguments, start.data)
-    bar = ProgressBar()
+    bar, stop = ProgressBar(), StopOnTermination()
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(stop)  # before the metrics, which have a line at every checkpoint
     trainer.add_callback(MetricsFile(directory / METRICS_FILE, trainer))
     trainer.add_callback(bar)
     if start.begun is not None:
@@ -174,6 +177,9 @@ def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, start: _
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             bar.close()
+            stop.close()
+        if stop.has_stopped:
+            raise TrainingStopped(result.global_step)
         trainer.save_final(directory)
     if trainer.is_world_process_zero():
         _write_summary(directory, result.global_step, checkpoint, trainer.model)
