@@ -74,7 +74,7 @@ SWITCHES = {
     "one scorer for both heads": ["--model.mixer-options.learned-eviction.scorer-sharing", "layer"],
     "one lambda for both heads": ["--controller.sharing", "layer"],
 }
-"""One switch of `needle-lalte-steered` with exploration set otherwise, at b = 16; without it the recipe is as it stands."""
+"""One switch of `needle-lalte-steered` with exploration set otherwise, at b = 16; without it that is the recipe."""
 MOST_SEEDS = {"b = 256": 2}
 """Of variants that take a quarter of an hour each."""
 

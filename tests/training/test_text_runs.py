@@ -131,12 +131,32 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path, monkeypatch, pre
     if prepared:
         shutil.rmtree(tmp_path / "prepared")
         prepare(load_text(text, split="train"), tmp_path / "prepared", byte_tokenizer(), split="train")
-    with pytest.raises(RunDirectoryError, match=r"with other data \((\d+) blocks, now \1; their checksums differ"):
+    with pytest.raises(RunDirectoryError, match=r"with other training data \((\d+) blocks, now \1; their checksums differ"):
         train(recipe, resume=True)
     again = make_recipe(tmp_path / "runs", Path(recipe.data.source), workers=0, in_memory=64)
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoint-3")  # from the first step on, any data will do
     assert train(again, resume=True)
     assert len(losses(tmp_path / "runs" / "run")) == 2
+
+
+@pytest.mark.parametrize("in_memory", [0, 64])
+def test_a_run_does_not_go_on_with_other_data_to_evaluate_on(corpus, tmp_path, monkeypatch, in_memory) -> None:
+    """Unless it makes no evaluations; those after them must be of the first text again."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    recipe = make_recipe(tmp_path / "runs", text, workers=0, in_memory=in_memory, validation_split="validation")
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=2))
+    shutil.copy(text / "train.jsonl", text / "validation.jsonl")
+    train_until_killed(recipe, monkeypatch)
+    kept = (text / "validation.jsonl").read_text()
+    (text / "validation.jsonl").write_text(kept.replace("kelp", "hull"))
+    blind = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=0))
+    train(blind, resume=True)
+    more = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=8))
+    with pytest.raises(RunDirectoryError, match=r"with other validation data \((\d+) blocks, now \1; their checksums"):
+        train(more, resume=True)
+    (text / "validation.jsonl").write_text(kept)
+    train(more, resume=True)
 
 
 def test_text_that_was_streamed_is_not_gone_on_with_in_memory(corpus, tmp_path, monkeypatch) -> None:
@@ -181,7 +201,7 @@ def test_a_finished_run_that_must_not_go_on_stays_finished(corpus, tmp_path) -> 
     directory = train(recipe)
     (text / "train.jsonl").write_text((text / "train.jsonl").read_text().replace("kelp", "hull"))
     longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=8))
-    with pytest.raises(RunDirectoryError, match="with other data"):
+    with pytest.raises(RunDirectoryError, match="with other training data"):
         train(longer, resume=True)
     assert (directory / "summary.json").exists()
 

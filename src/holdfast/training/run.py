@@ -119,7 +119,7 @@ def _start(
     if is_first:
         step = None if checkpoint is None else saved_step(checkpoint)
         begun = held.enter_context(run_directory.claim(directory, recipe, bool(resume), step))
-        keep_data(recipe, directory, data)
+        keep_data(recipe, directory, data, goes_on=checkpoint is not None)
     return _Start(data, checkpoint, begun)
 
 

@@ -72,18 +72,28 @@ def check_data(recipe: Recipe, data: RunData, checkpoint: Path | None) -> None:
             "(data.in_memory): its files have changed. Resume it with those it was started with, or give the run "
             "another name (--name)."
         )
-    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
-    if identity is not None:
-        run_directory.check_data(checkpoint.parent, identity)
+    run_directory.check_data(checkpoint.parent, _identities(recipe, data))
 
 
-def keep_data(recipe: Recipe, directory: Path, data: RunData) -> None:
-    """Keep with the run what its data were, and a tokenizer that was trained on them."""
+def keep_data(recipe: Recipe, directory: Path, data: RunData, goes_on: bool) -> None:
+    """Keep with the run what its data are, and a tokenizer that was trained on them; one that goes on has noted some."""
     if data.tokenizer_is_new and data.tokenizer is not None:
         write_files(directory, data.tokenizer.save_pretrained)
-    identity = identify(data.training, recipe.data) if isinstance(recipe.data, TextData) else None
-    if identity is not None:
-        run_directory.note_data(directory, identity)
+    run_directory.note_data(directory, _identities(recipe, data), add=goes_on)
+
+
+def _identities(recipe: Recipe, data: RunData) -> dict[str, dict[str, int]]:
+    """What tells the text to train on, and that to evaluate on, from others; of a stream nothing."""
+    section = recipe.data
+    if not isinstance(section, TextData):
+        return {}
+    splits = {"training": (data.training, section.split), "validation": (data.evaluation, section.validation_split)}
+    found = {
+        name: identify(blocks, section, split)
+        for name, (blocks, split) in splits.items()
+        if blocks is not None and split is not None
+    }
+    return {name: identity for name, identity in found.items() if identity is not None}
 
 
 def _needle_data(recipe: Recipe, data: NeedleData) -> RunData:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +116,23 @@ def claim(directory: Path, recipe: Recipe, resume: bool, step: int | None = None
         discard(directory)
 
 
-def check_data(directory: Path, identity: dict[str, int]) -> None:
+def check_data(directory: Path, identities: Mapping[str, dict[str, int]]) -> None:
     """See to it that a run which goes on has the data that it was started with (`note_data`).
 
     Raises:
-        RunDirectoryError: if it has others: it would go on at a place in them that means nothing.
+        RunDirectoryError: if it has others: it would go on at a place in them that means nothing, or its evaluations
+            could not be compared with those before.
     """
     noted = directory / DATA_FILE
-    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else identity
-    if before != identity:
-        raise RunDirectoryError(
-            f"{directory} was started with other data ({before['blocks']:,} blocks, now {identity['blocks']:,}; their "
-            "checksums differ): resume it with that, or give the run another name (--name)."
-        )
+    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    for name, identity in identities.items():
+        before = known.get(name, identity)
+        if before != identity:
+            raise RunDirectoryError(
+                f"{directory} was started with other {name} data ({before['blocks']:,} blocks, now "
+                f"{identity['blocks']:,}; their checksums differ): resume it with that, or give the run another name "
+                "(--name)."
+            )
 
 
 def check_origin(origin: Path, recipe: Recipe) -> None:
@@ -141,9 +145,15 @@ def check_origin(origin: Path, recipe: Recipe) -> None:
         _check_same(origin / RECIPE_FILE, recipe)
 
 
-def note_data(directory: Path, identity: dict[str, int]) -> None:
-    """Note what data the run has, as `holdfast.training.text_blocks.identify` says."""
-    write_json(directory / DATA_FILE, identity)
+def note_data(directory: Path, identities: Mapping[str, dict[str, int]], add: bool) -> None:
+    """Note what data the run has, by "training" and "validation", as `holdfast.training.text_blocks.identify` says.
+
+    `add` leaves what was noted before: a run may go on without evaluations, and later with them.
+    """
+    noted = directory / DATA_FILE
+    known = json.loads(noted.read_text(encoding="utf-8")) if add and noted.exists() else {}
+    if known or identities:
+        write_json(noted, known | identities)
 
 
 def is_finished(directory: Path, max_steps: int) -> bool:

@@ -93,8 +93,8 @@ def check_evaluation(data: TextData) -> None:
         )
 
 
-def identify(blocks: Dataset, data: TextData) -> dict[str, int] | None:
-    """What tells the blocks of `training_blocks` from others: their number, and a checksum of their tokens.
+def identify(blocks: Dataset, data: TextData, split: str) -> dict[str, int] | None:
+    """What tells the blocks of `training_blocks` and `evaluation_blocks` from others: number, and checksum of tokens.
 
     None of a stream: the position in it, which checkpoints hold, says of which corpus it is. O(tokens) in memory, O(1)
     for prepared blocks, whose checksums are known.
@@ -102,7 +102,7 @@ def identify(blocks: Dataset, data: TextData) -> dict[str, int] | None:
     if isinstance(blocks, PackedText):
         return {"blocks": len(blocks), "checksum": zlib.crc32(blocks.tokens.data)}
     if is_prepared(data.source):
-        shards = read_description(Path(data.source), data.split)["shards"]
+        shards = read_description(Path(data.source), split)["shards"]
         return {"blocks": len(blocks), "checksum": zlib.crc32(json.dumps(shards, sort_keys=True).encode())}  # type: ignore[arg-type]
     return None
 
