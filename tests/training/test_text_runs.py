@@ -131,7 +131,9 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path, monkeypatch, pre
     if prepared:
         shutil.rmtree(tmp_path / "prepared")
         prepare(load_text(text, split="train"), tmp_path / "prepared", byte_tokenizer(), split="train")
-    with pytest.raises(RunDirectoryError, match=r"with other training data \((\d+) blocks, now \1; their checksums differ"):
+    with pytest.raises(
+        RunDirectoryError, match=r"with other training data \((\d+) blocks, now \1; their checksums differ"
+    ):
         train(recipe, resume=True)
     again = make_recipe(tmp_path / "runs", Path(recipe.data.source), workers=0, in_memory=64)
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoint-3")  # from the first step on, any data will do

@@ -210,3 +210,16 @@ def test_what_changes_at_every_step_is_compiled_once():
         torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).lm_loss)
         found.append(loss.item())
     assert len(set(found)) == 4  # the values do change
+
+
+def test_a_run_too_short_to_evict_says_so(tmp_path, caplog):
+    def warnings(start) -> list[str]:
+        caplog.clear()
+        trained = make_trainer(
+            tmp_path, max_steps=2, retention=RetentionCallback(schedule=RetentionSchedule(eviction_start=start))
+        )
+        trained.train()
+        return [r.getMessage() for r in caplog.records if "evicted" in r.getMessage()]
+
+    assert warnings(1) == []
+    assert len(warnings(2)) == 1

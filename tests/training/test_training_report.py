@@ -138,6 +138,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for arguments, status, message in (
         (["none"], 2, "There is no run directory none"),
         (["empty"], 2, "empty has no losses in metrics.jsonl"),
+        (["one", "none"], 2, "There is no run directory none"),
+        (["one", "empty"], 0, "left out: empty has no losses in metrics.jsonl"),
         (["damaged"], 1, "metrics.jsonl, line 1: not JSON"),
     ):
         assert main(["report", *arguments]) == status

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from holdfast.cli.common import output_console
 from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from holdfast.training.history import RunHistory
 
 DESCRIPTION = """\
 Write a page that shows what training runs did, finished or not: losses, speed, and for learned eviction what each head
@@ -40,12 +45,27 @@ def run(arguments: Sequence[str]) -> None:
     """Parse, read and write the page."""
     settings = parse(ReportSettings, arguments or ["--help"], prog="holdfast report", description=DESCRIPTION)
 
-    from holdfast.training.history import read_history
     from holdfast.training.report import write_report
 
-    try:
-        histories = [read_history(directory) for directory in settings.runs]
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
+    histories = _histories(settings.runs)
     page = write_report(histories, settings.output, progress=True)
     output_console().print(f"Open {page} in a browser.", soft_wrap=True)
+
+
+def _histories(runs: Sequence[Path]) -> list[RunHistory]:
+    """Of those that have logged something; the others are named, unless there are no others."""
+    from holdfast.training.history import NothingLoggedError, read_history
+
+    histories, empty = [], []
+    for directory in runs:
+        try:
+            histories.append(read_history(directory))
+        except NothingLoggedError as error:
+            empty.append(str(error))
+        except FileNotFoundError as error:
+            raise UsageError(str(error)) from error
+    if not histories:
+        raise UsageError(" ".join(empty))
+    for message in empty:
+        print(f"holdfast: left out: {message}", file=sys.stderr)
+    return histories

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from holdfast.mixers.layout import count_documents
 from holdfast.settings import from_mapping
 from holdfast.training.controller import BudgetController, ControllerConfig, RetentionWatch, mean_over_ranks
 from holdfast.training.schedule import RetentionSchedule, learned_eviction_layers
+
+logger = logging.get_logger(__name__)
 
 
 class RetentionCallback(TrainerCallback, ExportableState):
@@ -98,6 +101,11 @@ class RetentionCallback(TrainerCallback, ExportableState):
         layers = learned_eviction_layers(model)
         if not layers:
             return
+        if not self.schedule.evicts(self._planned_steps - 1, self._planned_steps):
+            logger.warning(
+                f"Nothing is evicted in this run of {self._planned_steps} steps, and λ is left alone: "
+                f"retention.eviction_start is {self.schedule.eviction_start!r}."
+            )
         self.controller = BudgetController(model, config=self.controller_config)
         # "_steps": of checkpoints from before there was damping
         known = attributes.get("_controller_state") or {"steps": attributes.get("_steps", 0)}

@@ -15,7 +15,11 @@ from holdfast.training.metrics import read_metrics
 from holdfast.training.recipe import Recipe, load_recipe
 from holdfast.training.run_directory import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE
 
-__all__ = ["RunHistory", "read_history"]
+__all__ = ["NothingLoggedError", "RunHistory", "read_history"]
+
+
+class NothingLoggedError(FileNotFoundError):
+    """A run has come to no loss yet."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def read_history(directory: str | os.PathLike[str]) -> RunHistory:
     """Read the metrics of the run in `directory`; it may be running still.
 
     Raises:
-        FileNotFoundError: if there is no such directory, or no metrics in it yet.
+        FileNotFoundError: if there is no such directory.
+        NothingLoggedError: if there is no loss in it yet.
         ValueError: naming the file and the line, if the metrics are damaged.
     """
     run = Path(directory)
@@ -77,7 +82,7 @@ def read_history(directory: str | os.PathLike[str]) -> RunHistory:
         raise FileNotFoundError(f"There is no run directory {run}; give one that `holdfast train` wrote.")
     records = [record for record in read_metrics(run / METRICS_FILE) if "step" in record]
     if not any("loss" in record for record in records):
-        raise FileNotFoundError(f"{run} has no losses in {METRICS_FILE}; has the run come to its first log?")
+        raise NothingLoggedError(f"{run} has no losses in {METRICS_FILE}; has the run come to its first log?")
     try:
         recipe = load_recipe(run / RECIPE_FILE)
     except (FileNotFoundError, SettingsError):  # of another version, or moved: the metrics can be shown without it

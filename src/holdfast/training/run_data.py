@@ -76,7 +76,7 @@ def check_data(recipe: Recipe, data: RunData, checkpoint: Path | None) -> None:
 
 
 def keep_data(recipe: Recipe, directory: Path, data: RunData, goes_on: bool) -> None:
-    """Keep with the run what its data are, and a tokenizer that was trained on them; one that goes on has noted some."""
+    """Keep with the run what its data are, beside what was noted where it goes on, and a tokenizer trained on them."""
     if data.tokenizer_is_new and data.tokenizer is not None:
         write_files(directory, data.tokenizer.save_pretrained)
     run_directory.note_data(directory, _identities(recipe, data), add=goes_on)

@@ -151,7 +151,7 @@ def note_data(directory: Path, identities: Mapping[str, dict[str, int]], add: bo
     `add` leaves what was noted before: a run may go on without evaluations, and later with them.
     """
     noted = directory / DATA_FILE
-    known = json.loads(noted.read_text(encoding="utf-8")) if add and noted.exists() else {}
+    known: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8")) if add and noted.exists() else {}
     if known or identities:
         write_json(noted, known | identities)
 
