@@ -153,7 +153,7 @@ def note_data(directory: Path, identities: Mapping[str, dict[str, int]], add: bo
     noted = directory / DATA_FILE
     known: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8")) if add and noted.exists() else {}
     if known or identities:
-        write_json(noted, known | identities)
+        write_json(noted, {**known, **identities})
 
 
 def is_finished(directory: Path, max_steps: int) -> bool:
