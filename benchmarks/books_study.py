@@ -4,6 +4,8 @@
     python benchmarks/books_study.py runs/laptop-* --data BOOKS --squad dev-v2.0.json
     holdfast train laptop-lalte --model.mixer-options.learned-eviction.budget 16 --output.directory other ...
     python benchmarks/books_study.py other/laptop-lalte --name "laptop-lalte, b = 16" --add --data BOOKS
+    holdfast train laptop-gdn --training.seed 1 --output.directory seed1 ...
+    python benchmarks/books_study.py seed1/laptop-gdn --name "laptop-gdn, seed 1" --add --data BOOKS
 
 Perplexity on the validation split by position, at the length of training and at four times that; the course of
 training; pairs that each head kept at its end; SQuAD completion.
@@ -110,7 +112,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="the books: a directory with a validation split")
     parser.add_argument("--squad", help="SQuAD's published JSON; left out: not measured")
     parser.add_argument("--what", default="laptop recipes on books", help="how they were trained, for the record")
-    parser.add_argument("--name", help="of one run; left out: of its directory. RECIPE, SETTING for a variant")
+    parser.add_argument("--name", help="of one run; left out: of its directory. RECIPE, SETTING or RECIPE, seed N")
     parser.add_argument("--add", action="store_true", help="to the models that are in the results already")
     parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD")
     chosen = parser.parse_args(given)

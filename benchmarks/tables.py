@@ -14,6 +14,7 @@ from holdfast.demo.settings import TITLES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "results.template.md"
+SEED = re.compile(r", seed [1-9]\d*$")
 
 
 def read(name: str) -> Any:
@@ -242,39 +243,41 @@ def efficiency() -> str:
 COUNTS = (("kept", "mean"), ("kept", "lowest"), ("stored", "mean"))
 
 
+def by_seed(models: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Models by what they are, seeds in their order: RECIPE[, SETTING] is seed 0, and RECIPE[, SETTING], seed N another."""
+    found: dict[str, list[Any]] = {}
+    for name in sorted(models, key=lambda name: SEED.search(name) is not None):
+        found.setdefault(SEED.sub("", name), []).append(models[name])
+    return found
+
+
 def laptops() -> str:
-    """What the laptop recipes reach on books, and what the heads of laLTE kept."""
-    models = read("books")["models"]
+    """What the laptop recipes reach on books, the seeds of each side by side."""
+    models = by_seed(read("books")["models"])
     rows = []
-    for name, found in models.items():
-        trained, longer = (found["perplexity"][length] for length in ("512", "2048"))
-        last = longer["bins"][-1]["perplexity"]
+    for name, runs in models.items():
+        trained, longer = ([run["perplexity"][length] for run in runs] for length in ("512", "2048"))
+        squad = [percent(run["squad"]["contains"]["accuracy"]) if "squad" in run else "not measured" for run in runs]
         rows.append(
             [
                 laptop_title(name),
-                found.get("commit", "not recorded")[:12],
-                f"{found['parameters'] / 1e6:.2f} M",
-                f"{trained['perplexity']:.1f}",
-                f"{longer['perplexity']:.1f}",
-                f"{last:.1f}",
-                f"{found['seconds'] / 60:.0f}",
-                f"{found['tokens_per_second']:,}",
-                percent(found["squad"]["contains"]["accuracy"]) if "squad" in found else "not measured",
+                ", ".join(sorted({run.get("commit", "not recorded")[:7] for run in runs})),
+                f"{runs[0]['parameters'] / 1e6:.2f} M",
+                side_by_side("{:.1f}", (part["perplexity"] for part in trained)),
+                side_by_side("{:.1f}", (part["perplexity"] for part in longer)),
+                side_by_side("{:.1f}", (part["bins"][-1]["perplexity"] for part in longer)),
+                side_by_side("{:.0f}", (run["seconds"] / 60 for run in runs)),
+                side_by_side("{:,}", (run["tokens_per_second"] for run in runs)),
+                side_by_side("{}", squad),
             ]
         )
-    head = [
-        "model",
-        "commit",
-        "parameters",
-        "perplexity, 512",
-        "2,048",
-        "last 128 of these",
-        "minutes",
-        "tokens/s",
-        "SQuAD",
-    ]
+    columns = "model|commit|parameters|perplexity, 512|2,048|last 128 of these|minutes|tokens/s|SQuAD"
     missing = [title for name, title in TITLES.items() if name.replace("needle", "laptop") not in models]
-    return table(head, rows) + (f"\n\nNot trained yet: {', '.join(missing)}." if missing else "")
+    return table(columns.split("|"), rows) + (f"\n\nNot trained yet: {', '.join(missing)}." if missing else "")
+
+
+def side_by_side(form: str, values: Iterable[Any]) -> str:
+    return " / ".join(form.format(value) for value in values)
 
 
 def laptop_heads() -> str:
@@ -282,7 +285,7 @@ def laptop_heads() -> str:
     by_name = {name: found for name, found in read("books")["models"].items() if "kept" in found}
     names = sorted(by_name, key=lambda name: by_name[name]["budget"])
     models = [by_name[name] for name in names]
-    settings = [name.partition(", ")[2] or f"b = {by_name[name]['budget']}, as in the recipe" for name in names]
+    settings = [setting(name, by_name[name]["budget"]) for name in names]
     rows = []
     for row, layer in enumerate(models[0]["layers"]):
         for head in range(len(models[0]["kept"]["mean"][row])):
@@ -295,6 +298,12 @@ def laptop_heads() -> str:
     ]
     rows.append(["within 10 % of b", *(f"{n} of {len(counts)}" for n, counts in zip(near, means, strict=True))])
     return table(["layer, head", *settings], rows)
+
+
+def setting(name: str, budget: int) -> str:
+    """What of RECIPE[, SETTING][, seed N] is not the recipe's, with the budget."""
+    told = name.partition(", ")[2]
+    return told if told.startswith("b = ") else f"b = {budget}, {told or 'as in the recipe'}"
 
 
 def what(name: str) -> str:
