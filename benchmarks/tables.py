@@ -61,8 +61,13 @@ beyond the window with seed 2, and GDN + SWA 19, 65 and 3 %. {machine("demo-seed
 """
 
 
-def scorers(name: str, form: str) -> str:
+def scorers(name: str, form: str, trained_apart: str | None = None) -> str:
+    """Means over the models by scorer and budget; `trained_apart` has models whose own scorer reads no neighbours."""
     values = read(name)["values"]
+    if trained_apart is not None:
+        runs = read(trained_apart)["values"]["MLP, no context"]
+        mlp = {str(at["budget"]): [run[index]["beyond"]["accuracy"] for run in runs] for index, at in enumerate(runs[0])}
+        values = {"trained CNN": values.pop("trained"), "trained MLP, in models of its own": mlp} | values
     budgets = list(next(iter(values.values())))
     best = {
         budget: (max if form == "share" else min)(mean(row[budget]) for row in values.values()) for budget in budgets
