@@ -66,7 +66,9 @@ def scorers(name: str, form: str, trained_apart: str | None = None) -> str:
     values = read(name)["values"]
     if trained_apart is not None:
         runs = read(trained_apart)["values"]["MLP, no context"]
-        mlp = {str(at["budget"]): [run[index]["beyond"]["accuracy"] for run in runs] for index, at in enumerate(runs[0])}
+        mlp = {
+            str(at["budget"]): [run[index]["beyond"]["accuracy"] for run in runs] for index, at in enumerate(runs[0])
+        }
         values = {"trained CNN": values.pop("trained"), "trained MLP, in models of its own": mlp} | values
     budgets = list(next(iter(values.values())))
     best = {

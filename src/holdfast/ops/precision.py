@@ -15,9 +15,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 _NOTHING = nullcontext()
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast does not lower matrix products and convolutions; free where autocast is off."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast lowers no matrix products or convolutions where `x` is; free where it is off."""
+    # Asking a device for its name costs more than asking for autocast, which counts beside the attention of one token.
+    kind = "cpu" if x.is_cpu else x.device.type
+    if (x.is_cpu or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NOTHING

@@ -60,7 +60,7 @@ def _convolve(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows [B, T+W-1, C] → [B, T, C], no padding, in the compute dtype."""
     dtype = compute_dtype(rows)
     rows, weight = rows.to(dtype), weight.to(dtype)
-    with without_autocast(rows.device):
+    with without_autocast(rows):
         if rows.device.type != "cpu":
             return F.conv1d(rows.transpose(1, 2), weight, groups=len(weight)).transpose(1, 2)
         # On a CPU, convolving images one pixel high with channels last, as rows have them, is twice as fast.

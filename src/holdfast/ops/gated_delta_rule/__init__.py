@@ -79,7 +79,7 @@ def gated_delta_rule(
         out, final_state = gated_delta_step(q, k, v, g, beta, state, scale=scale)
     else:
         run = _BACKENDS[backend or _best_backend(v)]
-        with without_autocast(v.device):
+        with without_autocast(v):
             out, final_state = run(q, k, v, g, beta, scale, state, cu_seqlens)
     return out, final_state if output_final_state else None
 
@@ -109,7 +109,7 @@ def gated_delta_step(
     if one_token.serves(q, k, v, g, beta, state):
         return one_token.delta(q, k, v, g, beta, state, scale)
     dtype = compute_dtype(v)
-    with without_autocast(v.device):
+    with without_autocast(v):
         # The value heads of a key head share its query and key: [B, Hk, 1, 1, K] against [B, Hk, Hv/Hk, K, V].
         q_row, k_row = (x.to(dtype).reshape(B, Hk, 1, 1, K) for x in (q, k))
         v_row = v.to(dtype).reshape(B, Hk, -1, 1, V)

@@ -159,7 +159,7 @@ def _scan_backward(
         torch.bmm(solution[n].mT, d_written[n], out=d_errors[n])
         torch.addcmul(d_states[n], d_after[n + 1], across[n], out=d_after[n])
         d_after[n].baddbmm_(k_entry[n].mT, d_errors[n], alpha=-1)
-    with without_autocast(states.device):
+    with without_autocast(states):
         d_k_entry = (d_errors @ states.mT).neg_()
         d_k_exit = corrections @ d_after[1:].mT
         d_solution = d_written @ errors.mT

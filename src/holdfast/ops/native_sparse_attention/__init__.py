@@ -81,7 +81,7 @@ def native_sparse_attention(
     _check_blocks(q, k, v, block_size, num_blocks, window, compressed)
     _check_sequences(q, k, lengths, cu_seqlens, compressed)
     run, scale = _backend(backend, q, v, num_blocks), q.shape[-1] ** -0.5 if scale is None else scale
-    with without_autocast(q.device):
+    with without_autocast(q):
         if cu_seqlens is not None:
             return _packed(run, q, k, v, gates, block_size, num_blocks, window, cu_seqlens, scale)
         return run(q, k, v, gates, block_size, num_blocks, window, lengths, compressed, scale)

@@ -75,7 +75,7 @@ def attend_backward(
         inner: [N, L, G], the inner product of the output and its gradient.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
-    with without_autocast(q.device):
+    with without_autocast(q):
         return _gradients(q, k, v, hidden, log_sum, inner, grad)
 
 

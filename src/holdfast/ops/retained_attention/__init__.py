@@ -82,7 +82,7 @@ def retained_attention(
         raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Autocast would lower the scores to 16 bits.
-    with without_autocast(q.device):
+    with without_autocast(q):
         return BACKENDS[backend or _fastest(q, k, v, visible_until, window)](q, k, v, visible_until, window, scale)
 
 

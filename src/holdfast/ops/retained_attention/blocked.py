@@ -26,6 +26,8 @@ _FEW_QUERIES = 16
 # A whole sequence of up to this many tokens, of which none was evicted, takes PyTorch's causal attention: tiles cost as
 # much as so little work (at 64 tokens they took 2.2 times as long).
 _FEW_TOKENS = 256
+# As many numbers are looked at one by one in Python.
+_FEW_NUMBERS = 64
 # Most queries in a tile. On a CPU, tiles of 256 took a sixth longer at 512 to 2,048 tokens: they read more keys beyond
 # the window and the diagonal.
 _CPU_LONGEST_TILE = 128
@@ -61,7 +63,12 @@ def _is_causal(visible_until: Tensor | None, window: int | None, length: int) ->
         return window is None or window >= length - 1
     if length > _FEW_TOKENS or type(visible_until) is not Tensor or torch.compiler.is_compiling():
         return False
-    return visible_until.is_cpu and visible_until.numel() > 0 and visible_until.min().item() >= length - 1
+    if not visible_until.is_cpu or visible_until.numel() == 0:
+        return False
+    if visible_until.numel() > _FEW_NUMBERS:
+        return visible_until.min().item() >= length - 1
+    # A call of PyTorch less.
+    return all(until >= length - 1 for rows in visible_until.tolist() for heads in rows for until in heads)
 
 
 def _few_queries(
@@ -108,7 +115,7 @@ def _tiled(
         out, log_sum = native.forward(q_rows, k_rows, v_rows, walk.until, walk.groups, walk.window)
         return _from_query_rows(out, q), log_sum
     out, log_sum = _empty_outputs(q_rows, v)
-    with without_autocast(q.device):
+    with without_autocast(q):
         for tile in walk:
             weights = tile.hide(torch.bmm(q_rows[tile.queries], tile.read(k_rows).transpose(1, 2)))
             highest = weights.amax(dim=-1, keepdim=True)
@@ -160,7 +167,7 @@ def _tiled_backward(
         )
         return _from_query_rows(dq.mul_(scale), q), _from_key_rows(dk.mul_(math.log(2)), k), _from_key_rows(dv, v)
     dq, dk, dv = torch.empty_like(q_rows), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-    with without_autocast(q.device):
+    with without_autocast(q):
         for tile in walk:
             q_tile, grad_tile, keys = q_rows[tile.queries], grad_rows[tile.queries], tile.read(k_rows)
             scores = torch.bmm(q_tile, keys.transpose(1, 2)).sub_(log_sum[tile.queries])
