@@ -14,7 +14,7 @@ from holdfast.demo.settings import TITLES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = ROOT / "benchmarks" / "results.template.md"
-SEED = re.compile(r", seed [1-9]\d*$")
+SEED = re.compile(r", seed ([1-9]\d*)$")
 
 
 def read(name: str) -> Any:
@@ -252,9 +252,14 @@ COUNTS = (("kept", "mean"), ("kept", "lowest"), ("stored", "mean"))
 
 def by_seed(models: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Models by what they are, seeds in their order: RECIPE[, SETTING] is seed 0, and RECIPE[, SETTING], seed N another."""
-    found: dict[str, list[Any]] = {}
-    for name in sorted(models, key=lambda name: SEED.search(name) is not None):
-        found.setdefault(SEED.sub("", name), []).append(models[name])
+
+    def number(name: str) -> int:
+        seed = SEED.search(name)
+        return 0 if seed is None else int(seed[1])
+
+    found: dict[str, list[Any]] = {SEED.sub("", name): [] for name in models}
+    for name in sorted(models, key=number):
+        found[SEED.sub("", name)].append(models[name])
     return found
 
 
@@ -268,7 +273,7 @@ def laptops() -> str:
         rows.append(
             [
                 laptop_title(name),
-                ", ".join(sorted({run.get("commit", "not recorded")[:7] for run in runs})),
+                ", ".join(dict.fromkeys(run.get("commit", "not recorded")[:7] for run in runs)),
                 f"{runs[0]['parameters'] / 1e6:.2f} M",
                 side_by_side("{:.1f}", (part["perplexity"] for part in trained)),
                 side_by_side("{:.1f}", (part["perplexity"] for part in longer)),

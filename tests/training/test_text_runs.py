@@ -141,24 +141,54 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path, monkeypatch, pre
     assert len(losses(tmp_path / "runs" / "run")) == 2
 
 
-@pytest.mark.parametrize("in_memory", [0, 64])
-def test_a_run_does_not_go_on_with_other_data_to_evaluate_on(corpus, tmp_path, monkeypatch, in_memory) -> None:
+@pytest.mark.parametrize("kind", ["streamed", "in memory", "prepared"])
+def test_a_run_does_not_go_on_with_other_data_to_evaluate_on(corpus, tmp_path, monkeypatch, kind) -> None:
     """Unless it makes no evaluations; those after them must be of the first text again."""
-    text = tmp_path / "text"
+    text, source = tmp_path / "text", tmp_path / ("prepared" if kind == "prepared" else "text")
     shutil.copytree(corpus, text)
-    recipe = make_recipe(tmp_path / "runs", text, workers=0, in_memory=in_memory, validation_split="validation")
+    first = (text / "validation.jsonl").read_text()
+
+    def make(validation: str) -> None:
+        (text / "validation.jsonl").write_text(validation)
+        if kind == "prepared":
+            shutil.rmtree(source, ignore_errors=True)
+            for split in ("train", "validation"):
+                prepare(load_text(text, split=split), source, byte_tokenizer(), split=split)
+
+    make(first)
+    in_memory = 0 if kind == "streamed" else 64
+    recipe = make_recipe(tmp_path / "runs", source, workers=0, in_memory=in_memory, validation_split="validation")
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=2))
-    shutil.copy(text / "train.jsonl", text / "validation.jsonl")
     train_until_killed(recipe, monkeypatch)
-    kept = (text / "validation.jsonl").read_text()
-    (text / "validation.jsonl").write_text(kept.replace("kelp", "hull"))
+    make(first.replace("kelp", "hull"))
     blind = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=0))
     train(blind, resume=True)
     more = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, max_steps=8))
     with pytest.raises(RunDirectoryError, match=r"with other validation data \((\d+) blocks, now \1; their checksums"):
         train(more, resume=True)
-    (text / "validation.jsonl").write_text(kept)
+    make(first)
     train(more, resume=True)
+
+
+def test_a_run_that_begins_anew_forgets_what_its_data_were(corpus, tmp_path, monkeypatch) -> None:
+    recipe = make_recipe(tmp_path, corpus, workers=0, in_memory=64, validation_split="validation")
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=2))
+    train_until_killed(recipe, monkeypatch)
+    noted = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert sorted(noted) == ["training", "validation"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    blind = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=0))
+    train(blind, resume=True)
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"training": noted["training"]}
+
+
+def test_what_earlier_versions_noted_of_data_holds(corpus, tmp_path, monkeypatch) -> None:
+    recipe = make_recipe(tmp_path, corpus, workers=0, in_memory=64)
+    train_until_killed(recipe, monkeypatch)
+    noted = tmp_path / "run" / "data.json"
+    noted.write_text(json.dumps(json.loads(noted.read_text())["training"] | {"checksum": 1}))
+    with pytest.raises(RunDirectoryError, match="with other training data"):
+        train(recipe, resume=True)
 
 
 def test_text_that_was_streamed_is_not_gone_on_with_in_memory(corpus, tmp_path, monkeypatch) -> None:

@@ -223,3 +223,15 @@ def test_a_run_too_short_to_evict_says_so(tmp_path, caplog):
 
     assert warnings(1) == []
     assert len(warnings(2)) == 1
+
+
+def test_a_run_made_long_enough_to_evict_does_not(tmp_path, caplog):
+    def run(steps: int, **options) -> None:
+        callback = RetentionCallback(schedule=RetentionSchedule(eviction_start=3))
+        make_trainer(tmp_path, max_steps=steps, save_steps=2, retention=callback).train(**options)
+
+    run(2)
+    assert "Nothing is evicted" in caplog.text
+    caplog.clear()
+    run(4, resume_from_checkpoint=True)
+    assert "Nothing is evicted" not in caplog.text

@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None: those of this process.
 
     Returns:
-        The exit status: 0; 1 when the command failed; 2 when it was called wrongly; 130 when it was interrupted. What
-        went wrong stands in one line on standard error; with `--debug` the exception is raised instead.
+        The exit status: 0; 1 when the command failed; 2 when it was called wrongly; 130 when it was interrupted; 143
+        when a training was told to end (SIGTERM). What went wrong stands in one line on standard error; with `--debug`
+        the exception is raised instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

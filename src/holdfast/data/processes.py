@@ -1,6 +1,7 @@
-"""Work in several processes that tells how far it is, stops at the first error, and never outlives who started it."""
+"""Work in several processes, which tells how far it is and stops at the first error; workers that end when told."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -12,7 +13,9 @@ from collections.abc import Callable, Generator, Sequence
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-__all__ = ["in_processes"]
+from torch.utils.data import DataLoader
+
+__all__ = ["end_by_parent_only", "in_processes", "with_lasting_workers"]
 
 T = TypeVar("T")
 SECONDS_BETWEEN_REPORTS = 0.5
@@ -110,6 +113,37 @@ def _can_be_sent(error: Exception) -> bool:
         return type(pickle.loads(pickle.dumps(error))) is type(error)
     except Exception:  # of whatever the exception's class does
         return False
+
+
+def end_by_parent_only(worker: int) -> None:
+    """In a worker of a DataLoader (`worker_init_fn`): leave the SIGTERMs of others to the parent.
+
+    Who ends a job tells all its processes: a parent that wants to finish a step then still needs its workers. It ends
+    them by a SIGTERM too, which must go on to work, or it would wait for them without end.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: a parent that loses its workers ends with an error
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread, and those that it starts
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def with_lasting_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader begin with `end_by_parent_only`, after what they begin with as it is."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's have another inside, which does the work
+    inner.worker_init_fn = functools.partial(_begin_lasting, inner.worker_init_fn)
+    return loader
+
+
+def _begin_lasting(begin: Callable[[int], None] | None, worker: int) -> None:
+    if begin is not None:
+        begin(worker)
+    end_by_parent_only(worker)
 
 
 def _end_with_parent() -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from holdfast.data.lanes import Block, Cursor, Lane, LaneSettings
 from holdfast.data.packing import check_length, check_max_tokens, make_block
+from holdfast.data.processes import end_by_parent_only
 from holdfast.data.sources import TextSource, describe_skipped, usable
 from holdfast.data.tokenizers import fingerprint
 
@@ -214,7 +215,7 @@ class TextStream(IterableDataset):
                 num_workers=1,
                 prefetch_factor=BLOCKS_AHEAD,
                 collate_fn=_unchanged,
-                worker_init_fn=_one_thread,
+                worker_init_fn=_begin_worker,
                 generator=torch.Generator(),  # else each would take a number from the generator that training uses
             )
             readers |= dict.fromkeys(numbers, iter(loader))
@@ -323,6 +324,7 @@ def _unchanged(sample: Any) -> Any:
     return sample
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Workers are many already; and what `tokenizers` would say about processes that fork is no concern of users."""
+    end_by_parent_only(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -101,9 +101,9 @@ class RetentionCallback(TrainerCallback, ExportableState):
         layers = learned_eviction_layers(model)
         if not layers:
             return
-        if not self.schedule.evicts(self._planned_steps - 1, self._planned_steps):
+        if not self.schedule.evicts(state.max_steps - 1, self._planned_steps):
             logger.warning(
-                f"Nothing is evicted in this run of {self._planned_steps} steps, and λ is left alone: "
+                f"Nothing is evicted in this run of {state.max_steps} steps, and λ is left alone: "
                 f"retention.eviction_start is {self.schedule.eviction_start!r}."
             )
         self.controller = BudgetController(model, config=self.controller_config)

@@ -183,6 +183,7 @@ def _run(recipe: Recipe, directory: Path, arguments: TrainingArguments, start: _
         trainer.save_final(directory)
     if trainer.is_world_process_zero():
         _write_summary(directory, result.global_step, checkpoint, trainer.model)
+    stop.pass_on()
     return directory
 
 

@@ -123,8 +123,7 @@ def check_data(directory: Path, identities: Mapping[str, dict[str, int]]) -> Non
         RunDirectoryError: if it has others: it would go on at a place in them that means nothing, or its evaluations
             could not be compared with those before.
     """
-    noted = directory / DATA_FILE
-    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    known = _known_data(directory)
     for name, identity in identities.items():
         before = known.get(name, identity)
         if before != identity:
@@ -150,10 +149,16 @@ def note_data(directory: Path, identities: Mapping[str, dict[str, int]], add: bo
 
     `add` leaves what was noted before: a run may go on without evaluations, and later with them.
     """
+    noted = {**(_known_data(directory) if add else {}), **identities}
+    if noted or (directory / DATA_FILE).exists():
+        write_json(directory / DATA_FILE, noted)
+
+
+def _known_data(directory: Path) -> dict[str, dict[str, int]]:
+    """What `note_data` has noted."""
     noted = directory / DATA_FILE
-    known: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8")) if add and noted.exists() else {}
-    if known or identities:
-        write_json(noted, {**known, **identities})
+    known: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    return {"training": known} if "blocks" in known else known  # as it was before evaluations were noted
 
 
 def is_finished(directory: Path, max_steps: int) -> bool:

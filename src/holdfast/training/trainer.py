@@ -23,6 +23,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.utils import logging
 
+from holdfast.data.processes import with_lasting_workers
 from holdfast.data.stream import TextStream
 from holdfast.files import write_json
 from holdfast.training import checkpointing
@@ -183,7 +184,7 @@ class HybridTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         stream = self.train_dataset
         if not isinstance(stream, TextStream):
-            return super().get_train_dataloader()
+            return with_lasting_workers(super().get_train_dataloader())
         # Not prepared by accelerate, which would share the blocks out a second time, and read ahead of what is trained.
         stream.set_rank(self.args.process_index, self.args.world_size)
         return DataLoader(
@@ -193,6 +194,9 @@ class HybridTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # else it would take a number from the generator that dropout uses
         )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return with_lasting_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
