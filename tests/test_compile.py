@@ -24,6 +24,8 @@ def small_model(kind: str = "plain") -> HybridForCausalLM:
     But of native sparse attention for packed documents: it reads how many there are, which breaks the graph.
     """
     mixers = [name for name in OPTIONS if kind not in ("packed", "fixed") or name != "native_sparse_attention"]
+    if kind == "bounded":
+        mixers = ["gated_deltanet", "sliding_attention", "learned_eviction"]
     torch.manual_seed(3)
     config = HybridConfig(
         vocab_size=50,
@@ -99,3 +101,34 @@ def test_prefill_and_decoding_are_one_graph_each(kind: str, most: int) -> None:
     for tensor, theirs in zip(caches[1].snapshot().values(), caches[0].snapshot().values(), strict=True):
         torch.testing.assert_close(tensor, theirs)
     assert graphs <= most
+
+
+@torch.no_grad()
+def test_steps_with_bounded_memory_are_one_graph_of_tensors_that_stay_in_place() -> None:
+    """So that a CUDA graph can be played again: no input is a number that changes, and no state moves."""
+    model = small_model("bounded").eval()
+    ids = batch("plain", 40)["input_ids"]
+    caches = HybridCache(model.config), HybridCache(model.config)
+    for cache in caches:
+        model(input_ids=ids[:, :30], past_key_values=cache)
+    places = [tensor.data_ptr() for layer in caches[1].layers for tensor in layer.tensors.values()]
+    inputs: list[list[Any]] = []
+
+    def note(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        inputs.append(examples)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=note, fullgraph=True)
+    for token in ids[:, 30:].split(1, dim=1):
+        ours = compiled(input_ids=token, past_key_values=caches[1]).logits
+        torch.testing.assert_close(ours, model(input_ids=token, past_key_values=caches[0]).logits)
+    assert len(inputs) == 1
+    assert all(isinstance(value, Tensor) for value in inputs[0])
+    state = [value for value in inputs[0] if hasattr(value, "_dynamo_static_input_type")]
+    tensors = [tensor for layer in caches[1].layers for tensor in layer.tensors.values()]
+    assert [tensor.data_ptr() for tensor in tensors] == places
+    assert {id(tensor) for tensor in tensors} <= {id(value) for value in state}
+    assert caches[1].columns == caches[0].columns == 40
+    assert [layer.get_seq_length() for layer in caches[1].layers] == [40] * 3
+    for tensor, theirs in zip(caches[1].snapshot().values(), caches[0].snapshot().values(), strict=True):
+        torch.testing.assert_close(tensor, theirs)

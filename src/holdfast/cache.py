@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from holdfast.mixers import MIXERS, MixerState
-from holdfast.mixers.state import writable
+from holdfast.mixers.state import keep_address, writable
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
@@ -20,7 +20,9 @@ class HybridCache(Cache):
     """What a model remembers. It is a value: measured in bytes, copied, saved, restored, reordered, selected by rows.
 
     A call advances it in place. Gradients do not pass from one call to the next: what a call finds in the cache is
-    constant to it.
+    constant to it. Where all mixers have memory of a fixed size, tensors stay where they were allocated, and compiled
+    steps are one graph without numbers that change: read the prompt eagerly, or call `allocate`, before the first call of
+    a model compiled with `mode="reduce-overhead"`.
 
     Args:
         config: of the model. States are allocated at the first forward pass, or by `allocate`.
@@ -28,6 +30,7 @@ class HybridCache(Cache):
     Attributes:
         layers: one `MixerState` per layer.
         seen: [B] int64, real tokens of each row so far (pads do not count); None before the first token.
+        is_fresh: whether nothing has been read yet.
     """
 
     layers: list[MixerState]  # type: ignore[assignment]
@@ -37,6 +40,10 @@ class HybridCache(Cache):
         states = [MIXERS[name].make_state(config.options_for(name)) for name in config.mixers]
         super().__init__(layers=states)  # type: ignore[arg-type]
         self.seen: Tensor | None = None
+        self.is_fresh = True
+        # Columns that compiled calls have read, on the device, until somebody asks for them.
+        self._ahead: Tensor | None = None
+        self._is_ahead = False
 
     def allocate(self, batch_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         """Allocate every state for `batch_size` rows. A no-op where they exist.
@@ -56,6 +63,9 @@ class HybridCache(Cache):
         """
         if self.seen is None:
             self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
+            self._ahead = torch.zeros((), dtype=torch.long, device=device)
+            keep_address(self.seen)
+            keep_address(self._ahead)
         if len(self.seen) != batch_size:
             raise ValueError(
                 f"the cache holds {len(self.seen)} rows, the input has {batch_size}; use cache.select_rows"
@@ -74,7 +84,8 @@ class HybridCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Columns the model has read so far, pads included."""
+        """Columns the model has read so far, pads included. After compiled calls this waits for the device."""
+        self._catch_up()
         return self.layers[0].columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -84,14 +95,36 @@ class HybridCache(Cache):
     def advance(self, columns: int, num_real: Tensor) -> None:
         """Count the columns of a call, and each row's tokens [B] among them."""
         assert self.seen is not None
-        self.seen = self.seen + num_real
-        for layer in self.layers:
-            layer.advance(columns)
+        assert self._ahead is not None
+        self.seen.add_(num_real)
+        self.is_fresh = False
+        if torch.compiler.is_compiling() and not any(layer.growing for layer in self.layers):
+            # In Python they would be a number that is another in every call: compiled anew for the second, and no
+            # CUDA graph could be played twice.
+            self._ahead.add_(columns)
+            self._is_ahead = True
+        else:
+            for layer in self.layers:
+                layer.advance(columns)
+
+    def _catch_up(self) -> None:
+        """Let every layer count the columns of compiled calls."""
+        if self._ahead is not None and self._is_ahead:
+            for layer in self.layers:
+                layer.advance(int(self._ahead))
+            self._forget_ahead()
+
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.zero_()
+        self._is_ahead = False
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         if self.seen is not None:
-            self.seen = torch.zeros_like(self.seen)
+            self.seen.zero_()
+        self._forget_ahead()
+        self.is_fresh = True
         for layer in self.layers:
             layer.reset()
 
@@ -99,6 +132,7 @@ class HybridCache(Cache):
         """A copy of the whole memory as flat, contiguous tensors (`safetensors.torch.save_file` can write them)."""
         if self.seen is None:
             return {}
+        self._catch_up()
         copies = {"seen": self.seen.clone()}
         for index, layer in enumerate(self.layers):
             copies |= {f"layers.{index}.{name}": tensor for name, tensor in layer.snapshot().items()}
@@ -129,6 +163,8 @@ class HybridCache(Cache):
             _check_agreement(restored, snapshot["seen"])
         self.layers = restored
         self.seen = snapshot["seen"].to(device or snapshot["seen"].device, copy=True) if snapshot else None
+        self._ahead = None if self.seen is None else self.seen.new_zeros(())
+        self._is_ahead, self.is_fresh = False, self.layers[0].columns == 0
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the batch rows `index` [n] (any order, repeats allowed)."""

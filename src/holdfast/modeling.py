@@ -201,9 +201,9 @@ class HybridModel(Float32Buffers, HybridPreTrainedModel):
             if output_selection and block_choice is not None:
                 selection.append(block_choice)
         hidden = self.norm(hidden)
-        if cache is not None:
-            cache.advance(layout.length, layout.num_real)
         retention = self._retention(scores, layout, order, whole=cache is None) if scores else None
+        if cache is not None:  # last, since the layout reads from it
+            cache.advance(layout.length, layout.num_real)
         return HybridModelOutput(
             last_hidden_state=restore_order(hidden, order),
             past_key_values=cache,
@@ -245,7 +245,7 @@ class HybridModel(Float32Buffers, HybridPreTrainedModel):
         """Hidden states with each row's pads in front, their layout, and the column order used [B, T] (None: as is)."""
         batch, length = hidden.shape[:2]
         if cache is not None and cache.seen is not None:
-            seen, fresh = cache.seen, cache.columns == 0
+            seen, fresh = cache.seen, cache.is_fresh
         else:
             seen, fresh = torch.zeros(batch, dtype=torch.long, device=hidden.device), True
         columns = torch.arange(length, device=hidden.device).expand(batch, -1)

@@ -151,12 +151,12 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         return package._best_backend(types.SimpleNamespace(device=torch.device(device), dtype=dtype))
 
     monkeypatch.setattr(package.fla, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(package.fla, "allows_tf32", lambda: False)
     assert best("cpu", torch.bfloat16) == "chunked"
     assert best("cuda", torch.bfloat16) == "fla"
     assert best("cuda", torch.float64) == "chunked"
     assert best("cuda", torch.float32) == "chunked"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(package.fla, "allows_tf32", lambda: True)
     assert best("cuda", torch.float32) == "fla"
 
 

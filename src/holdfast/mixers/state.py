@@ -72,6 +72,8 @@ class MixerState(CacheLayerMixin):
             name: torch.full(entry.shape, entry.fill, dtype=entry.dtype, device=device)
             for name, entry in self.spec(batch_size, dtype).items()
         }
+        for tensor in self.tensors.values():
+            keep_address(tensor)
         self.dtype, self.device = dtype, torch.device(device)
         self.is_initialized = True
 
@@ -181,7 +183,14 @@ class MixerState(CacheLayerMixin):
 
 def writable(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`, without a graph, and such that it can be written in place here; a copy only if needed."""
-    tensor = tensor.detach().to(device)
+    if tensor.requires_grad or tensor.device != torch.device(device):
+        tensor = tensor.detach().to(device)
     if torch.compiler.is_compiling():  # which reads no inference tensors outside inference mode
         return tensor
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Tell torch.compile that a tensor stays where it is, so that CUDA graphs write into it and need no copy."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor, guard=False)

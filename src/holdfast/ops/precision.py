@@ -22,3 +22,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if (x.is_cpu or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NOTHING
+
+
+def allows_tf32() -> bool:
+    """Whether products of float32 may be computed in TF32 on CUDA, by the newer of PyTorch's two settings for it.
+
+    `torch.set_float32_matmul_precision` sets both; the older getter raises where only the newer one was used
+    (`torch.backends.fp32_precision`, as transformers does).
+    """
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if newer is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return (torch.backends.fp32_precision if newer == "none" else newer) == "tf32"

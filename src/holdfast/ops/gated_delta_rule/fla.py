@@ -6,6 +6,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from holdfast.ops.precision import allows_tf32
+
 
 @functools.cache
 def is_available() -> bool:
@@ -16,7 +18,7 @@ def is_available() -> bool:
 def supports(dtype: torch.dtype) -> bool:
     """Whether the kernels keep the precision of dtype: they multiply float32 matrices in TF32."""
     if dtype == torch.float32:
-        return torch.get_float32_matmul_precision() != "highest"
+        return allows_tf32()
     return dtype in (torch.bfloat16, torch.float16)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.precision import allows_tf32
 from holdfast.ops.retained_attention.triton import sizes
 
 Plan = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -87,8 +88,8 @@ class Shape:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Exact products of float32, unless `torch.set_float32_matmul_precision` asks for TF32."""
-    fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
+    """Exact products of float32, unless PyTorch's settings allow TF32 (`allows_tf32`)."""
+    fast = dtype == torch.float32 and torch.version.hip is None and allows_tf32()
     return "tf32" if fast else "ieee"
 
 
