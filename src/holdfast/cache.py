@@ -21,8 +21,8 @@ class HybridCache(Cache):
 
     A call advances it in place. Gradients do not pass from one call to the next: what a call finds in the cache is
     constant to it. Where all mixers have memory of a fixed size, tensors stay where they were allocated, and compiled
-    steps are one graph without numbers that change: read the prompt eagerly, or call `allocate`, before the first call of
-    a model compiled with `mode="reduce-overhead"`.
+    steps are one graph without numbers that change: before the first call of a model that is compiled with
+    `mode="reduce-overhead"`, read the prompt eagerly, or call `allocate`.
 
     Args:
         config: of the model. States are allocated at the first forward pass, or by `allocate`.

@@ -33,4 +33,4 @@ def allows_tf32() -> bool:
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if newer is None:
         return torch.get_float32_matmul_precision() != "highest"
-    return (torch.backends.fp32_precision if newer == "none" else newer) == "tf32"
+    return (getattr(torch.backends, "fp32_precision", newer) if newer == "none" else newer) == "tf32"
