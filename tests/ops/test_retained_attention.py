@@ -304,6 +304,8 @@ GOOD: dict[str, Any] = {
             "4 query heads are not a multiple of 3",
             {"k": torch.zeros(2, 7, 3, 8), "v": torch.zeros(2, 7, 3, 3)},
         ),
+        (ValueError, "0 query heads are not a multiple of 2", {"q": torch.zeros(2, 5, 0, 8)}),
+        (ValueError, "has no channels", {"q": torch.zeros(2, 5, 4, 0), "k": torch.zeros(2, 7, 2, 0)}),
         (ValueError, "9 queries need at least as many keys", {"q": torch.zeros(2, 9, 4, 8)}),
         (ValueError, "window must not be negative", {"window": -1}),
         (TypeError, "visible_until must be int64", {"visible_until": torch.zeros(2, 7, 2)}),

@@ -78,6 +78,16 @@ def test_halves(dtype: torch.dtype) -> None:
     assert_like_reference(inputs, visibility("budget", inputs[1], 20), 20)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["large", "medium"])
+def test_the_tiles_of_large_devices(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as a test is long: the interpreter takes the smaller ones otherwise."""
+    monkeypatch.setattr(sizes, "device_kind", lambda device: kind)
+    inputs = tensors(150, dim=64, dtype=dtype)
+    assert_like_reference(inputs, visibility("budget", inputs[1], 40), 40)
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim", "value_dim"), [(2, 3, 1, 24, 40), (1, 2, 2, 1, 5), (1, 1, 1, 256, 256)]
 )

@@ -217,6 +217,8 @@ class DecodeSettings(ModelSettings):
     steps: int = 500
     """Steps of every model and context, in turns of 20."""
     batch_size: int = 1
+    repeats: int = 5
+    """Not used: --steps says how many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -158,8 +158,8 @@ def _measure_data(settings: DataSettings) -> None:
 def _check(settings: BenchSettings) -> None:
     """Refuse before anything is measured what would fail afterwards."""
     _check_plot(settings.plot)
-    if settings.plot is not None and isinstance(settings, OpsSettings) and "attention" not in settings.only:
-        raise UsageError("--plot draws attention; name it in --only too, or leave --plot out.")
+    if settings.plot and isinstance(settings, OpsSettings) and not {"attention", "sparse"} & {*settings.only}:
+        raise UsageError("--plot draws attention and sparse; name one in --only too, or leave --plot out.")
 
     import torch
 
@@ -207,6 +207,9 @@ def show(report: Report) -> None:
     )
     if any(not result.timing.warmed_up for case in report.cases for result in case.results):
         console.print("* one call only, without a warm-up: it took longer than --limit.")
+    steps = report.settings.get("steps")
+    if steps and any(len(result.timing.samples) < steps for case in report.cases for result in case.results):
+        console.print(f"Some models took fewer steps than {steps:,} before --limit; their number is in the JSON.")
 
 
 def _table(report: Report, kind: str) -> Table:

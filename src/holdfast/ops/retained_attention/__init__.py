@@ -121,7 +121,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: "
             "expected [B, Tq, H, D], [B, Tk, Hkv, D] and [B, Tk, Hkv, Dv]."
         )
-    if kv_heads == 0 or heads % kv_heads:
+    if not (dim and heads and kv_heads) or heads % kv_heads:
+        if dim == 0:
+            raise ValueError(f"q {list(q.shape)} has no channels.")
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key/value heads.")
     if queries > keys:
         raise ValueError(
