@@ -63,11 +63,13 @@ def check_schema(data: dict[str, Any], benchmark: str) -> None:
 def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run_bench("ops", tmp_path)
     kinds = [case["kind"] for case in data["cases"]]
-    assert kinds == ["attention"] * 4 + ["native sparse attention"] * 4 + ["eviction"] + ["gated delta rule"] * 2
+    both = ["attention"] * 4 + ["native sparse attention"] * 4
+    assert kinds == [*both, *["scorer"] * 5, "eviction", *["gated delta rule"] * 2]
     names = [[result["name"] for result in case["results"]] for case in data["cases"]]
     few = ["holdfast, nothing evicted", "SDPA, causal", "SDPA, causal, by time"]  # up to 256 tokens
     assert names[0] == ["holdfast, budget", "holdfast, uncapped", *few]
     assert names[4] == ["holdfast, sparse", "SDPA, causal"]
+    assert names[8] == ["holdfast", "grouped convolutions"]
     assert names[-1] == ["holdfast", "transformers"]
     forward, both = (case["results"][2] for case in data["cases"][:2])
     assert forward["flops"] == 4 * 16 * 2 * 128 * 129 / 2
@@ -76,6 +78,11 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "÷ holdfast, budget" in shown
     assert "÷ holdfast, sparse" in shown
     assert "matmul" in shown
+
+
+def test_ops_of_one_kind_are_drawn_too(tmp_path: Path) -> None:
+    data = run_bench("ops", tmp_path, "--only", "sparse")
+    assert {case["kind"] for case in data["cases"]} == {"native sparse attention"}
 
 
 def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

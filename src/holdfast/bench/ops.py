@@ -1,4 +1,4 @@
-"""`holdfast bench ops`: attention with eviction, sparse attention, the eviction itself, and the gated delta rule."""
+"""`holdfast bench ops`: attention with eviction, sparse attention, the scorer, eviction, and the gated delta rule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from holdfast.bench import peers
 from holdfast.bench.memory import peak_bytes
 from holdfast.bench.peers import CAUSAL, CAUSAL_BY_TIME
 from holdfast.bench.results import Case, Report, Result
+from holdfast.bench.scorer import scorer_cases
 from holdfast.bench.settings import PASSES, WARM_UP_TOKENS, OpsSettings
 from holdfast.bench.setup import Setup
 from holdfast.bench.sparse import sparse_cases
@@ -43,6 +44,9 @@ def run_ops(settings: OpsSettings) -> Report:
     if "sparse" in settings.only:
         for tokens in settings.tokens:
             cases += sparse_cases(setup, tokens)
+    if "scorer" in settings.only:
+        for tokens in (1, *settings.tokens):
+            cases += scorer_cases(setup, tokens)
     if "retention" in settings.only:
         cases.append(_retention_case(setup))
     if "delta" in settings.only:

@@ -109,17 +109,18 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class OpsSettings(BenchSettings):
-    """Attention, eviction and the gated delta rule alone: time and peak memory, forward and backward."""
+    """Attention, scorer, eviction and the gated delta rule alone: time and peak memory, forward and backward."""
 
-    only: tuple[Literal["attention", "sparse", "retention", "delta"], ...] = (
+    only: tuple[Literal["attention", "sparse", "scorer", "retention", "delta"], ...] = (
         "attention",
         "sparse",
+        "scorer",
         "retention",
         "delta",
     )
-    """What to measure; sparse: native sparse attention."""
+    """What to measure; sparse: native sparse attention; scorer: the network that decides what is kept."""
     tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
-    """Lengths of the sequences that attention and sparse attention read."""
+    """Lengths of the sequences that attention, sparse attention and the scorer read."""
     batch_size: int = 1
     heads: int = 8
     kv_heads: int | None = None
