@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from holdfast.mixers import scorers
 from holdfast.mixers.base import straight_through
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 
@@ -56,6 +57,34 @@ def test_scores_and_gradients_by_definition(
     found = torch.autograd.grad((out * weight).sum(), inputs)
     for got, want in zip(found, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("sizes", "dilations"), SHAPES)
+def test_long_inputs_by_definition(
+    sizes: tuple[int, ...], dilations: tuple[int, ...], shared: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients the framework's convolutions compute the scores; pads may hold anything there too."""
+    torch.manual_seed(0)
+    scorer = ConvScorer(3, 16, sizes, dilations, shared=shared, causal=causal).eval()
+    features = torch.randn(2, 100, 3, 16)
+    valid = torch.rand(2, 100) < 0.9
+    inputs = padded(scorer, features, valid)
+    with_gradient = scorer(*inputs)
+    called = []
+    original = scorers.by_convolutions
+    monkeypatch.setattr(scorers, "by_convolutions", lambda *args: called.append(args) or original(*args))
+    with torch.no_grad():
+        out = scorer(inputs[0].masked_fill(~inputs[1][:, :, None, None], torch.nan), inputs[1])
+    assert len(called) == 1
+    expected = by_definition(scorer.double(), features.double(), valid)
+    torch.testing.assert_close(out.double()[valid], expected[valid], atol=2e-6, rtol=0)
+    torch.testing.assert_close(out[valid], with_gradient[valid], atol=2e-6, rtol=0)
+    scorer.float().train()  # dropout is the other way's, and so are gradients
+    scorer(*inputs)
+    scorer.eval()(*inputs)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize(("causal", "first", "last"), [(False, 14, 26), (True, 8, 20)])

@@ -5,34 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from holdfast.bench.results import Case, Result
 from holdfast.bench.settings import PASSES, OpsSettings
 from holdfast.bench.setup import Setup
 from holdfast.bench.timing import Variant
-from holdfast.mixers.scorers import ConvScorer
+from holdfast.mixers.scorers import ConvScorer, by_convolutions
 
-__all__ = ["convolutions", "scorer_cases", "scorer_flops"]
+__all__ = ["scorer_cases", "scorer_flops"]
 
 KIND = "scorer"
 Scorer = Callable[[Tensor], Tensor]
 _SHORTEST_SAMPLE = 5e-3  # seconds; one token takes a twentieth
-
-
-def convolutions(scorer: ConvScorer, features: Tensor) -> Tensor:
-    """Of features [B, T + R − 1, Hkv, 2D], all valid, the scores [B, T, Hkv] by `nn.Conv2d` as it is."""
-    x = features.flatten(2).transpose(1, 2).unsqueeze(2)  # [B, Hkv · 2D, 1, time]
-    for conv in scorer.conv_stack.convs:
-        x = F.silu(nn.Conv2d.forward(_plain(conv), x))
-    logits = nn.Conv2d.forward(_plain(scorer.conv_stack.proj), x)
-    return torch.sigmoid(logits[:, :, 0].float().transpose(1, 2)) - scorer.threshold
-
-
-def _plain(conv: nn.Module) -> nn.Conv2d:
-    assert isinstance(conv, nn.Conv2d)
-    return conv
 
 
 def scorer_flops(scorer: ConvScorer, tokens: int) -> int:
@@ -52,7 +37,7 @@ def scorer_cases(setup: Setup[OpsSettings], tokens: int) -> Iterator[Case]:
     grad = torch.randn(shape[0], tokens, heads, generator=generator).to(device)
     works: dict[str, Scorer] = {"holdfast": lambda x: scorer(x, valid)}
     if settings.peers:
-        works["grouped convolutions"] = lambda x: convolutions(scorer, x)
+        works["grouped convolutions"] = lambda x: by_convolutions(scorer, x, valid)
         if device.type == "cuda":
             torch.compiler.reset()
             works["grouped convolutions, compiled"] = torch.compile(works["grouped convolutions"])
