@@ -51,7 +51,7 @@ def course(run: RunHistory) -> dict[str, Any]:
         steps, counts = run.by_head(name)
         if len(steps):
             late = counts[steps > run.last_step - END]
-            found[name] = {"mean": late.mean(axis=0).round(1).tolist(), "lowest": late.min(axis=0).round(1).tolist()}
+            found[name] = {"mean": late.mean(axis=0).round(2).tolist(), "lowest": late.min(axis=0).round(1).tolist()}
     if "kept" in found:
         found |= {"budget": run.budget, "layers": run.layers, "lambda": run.by_head("lambda")[1][-1].tolist()}
         steps, counts = run.by_head("kept")
