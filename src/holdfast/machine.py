@@ -24,7 +24,8 @@ def describe_machine() -> dict[str, Any]:
     """
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # PyTorch's own word says for which accelerator it was built, which its package's version may leave out.
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         # Without the suffix, by which hosts name kernels of their own.
         "platform": f"{platform.system()} {platform.release().partition('-')[0]}",
         "architecture": platform.machine(),
