@@ -68,8 +68,8 @@ def test_long_inputs_by_definition(
     """Without gradients the framework's convolutions compute the scores; pads may hold anything there too."""
     torch.manual_seed(0)
     scorer = ConvScorer(3, 16, sizes, dilations, shared=shared, causal=causal).eval()
-    features = torch.randn(2, 100, 3, 16)
-    valid = torch.rand(2, 100) < 0.9
+    features = torch.randn(2, 300, 3, 16)
+    valid = torch.rand(2, 300) < 0.9
     inputs = padded(scorer, features, valid)
     with_gradient = scorer(*inputs)
     called = []

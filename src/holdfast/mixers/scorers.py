@@ -13,8 +13,8 @@ from holdfast.ops import one_token
 from holdfast.ops.dropout import dropout
 
 # From so many tokens on, without gradients and on a CPU, the framework's grouped convolutions are faster than batched
-# products of taps laid side by side: 1.5 times at 128 tokens, 2 to 3 times at thousands (docs/performance.md).
-_LONG = 128
+# products of taps laid side by side (docs/performance.md).
+_LONG = 512
 
 
 class ConvScorer(nn.Module):
@@ -115,12 +115,18 @@ def by_convolutions(scorer: ConvScorer, features: Tensor, valid: Tensor) -> Tens
         valid = valid.expand(batch, -1).repeat_interleave(heads, dim=0)
     else:
         rows = features.flatten(2)
-    x = rows.transpose(1, 2).unsqueeze(2)  # [B, Hkv · 2D, 1, time], channels last in memory
-    for conv in scorer.conv_stack.convs:
-        x = F.silu(nn.Conv2d.forward(conv, x.masked_fill(~valid[:, None, None, :], 0)))  # type: ignore[arg-type]
-        valid = scorer._inner(valid, x.shape[3])
-    logits = nn.Conv2d.forward(scorer.conv_stack.proj, x).view(batch, heads, -1).transpose(1, 2)
+    for index, conv in enumerate(scorer.conv_stack.convs):
+        pads = ~valid.unsqueeze(2)
+        rows = rows.masked_fill_(pads, 0) if index else rows.masked_fill(pads, 0)  # the input is the caller's
+        rows = F.silu(_convolved(conv, rows), inplace=True)
+        valid = scorer._inner(valid, rows.shape[1])
+    logits = _convolved(scorer.conv_stack.proj, rows).transpose(1, 2).reshape(batch, heads, -1).transpose(1, 2)
     return torch.sigmoid(logits.float()) - scorer.threshold
+
+
+def _convolved(conv: nn.Module, rows: Tensor) -> Tensor:
+    """[B, T, C] → [B, T', C']: channels stay last in memory, as the convolutions of a CPU like them."""
+    return nn.Conv2d.forward(conv, rows.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)  # type: ignore[arg-type]
 
 
 class _ConvStack(nn.Module):
