@@ -132,3 +132,21 @@ def test_steps_with_bounded_memory_are_one_graph_of_tensors_that_stay_in_place()
     assert [layer.get_seq_length() for layer in caches[1].layers] == [40] * 3
     for tensor, theirs in zip(caches[1].snapshot().values(), caches[0].snapshot().values(), strict=True):
         torch.testing.assert_close(tensor, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@torch.no_grad()
+def test_cuda_graphs_play_the_steps() -> None:
+    model = small_model("bounded").eval().cuda()
+    ids = batch("plain", 48)["input_ids"].cuda()
+    caches = HybridCache(model.config), HybridCache(model.config)
+    for cache in caches:
+        model(input_ids=ids[:, :30], past_key_values=cache)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for token in ids[:, 30:].split(1, dim=1):
+        torch.compiler.cudagraph_mark_step_begin()
+        ours = compiled(input_ids=token, past_key_values=caches[0]).logits.clone()
+        torch.testing.assert_close(ours, model(input_ids=token, past_key_values=caches[1]).logits, rtol=1e-3, atol=1e-3)
+    assert caches[0].columns == caches[1].columns == 48
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
