@@ -34,8 +34,8 @@ class Tiles:
 
 
 _EXACT = {
-    64: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    128: Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    128: Tiles(Tile(16, 16, 4, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 1)),
     256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
@@ -57,7 +57,11 @@ TILES: dict[str, dict[int, dict[int, Tiles]]] = {
             128: Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
             256: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
         },
-        4: _EXACT | {128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1))},
+        4: _EXACT
+        | {
+            64: Tiles(Tile(32, 16, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+            128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+        },
     },
     "small": {
         2: {
