@@ -24,14 +24,14 @@ from holdfast.training import HybridTrainer, StopOnTermination, TrainingStopped,
 
 @pytest.fixture
 def heard():
-    """A handler of one's own, which a run must put back: the steps at which it heard a SIGTERM."""
-    steps: list[int] = []
+    """A handler of one's own, which a run must put back: the signals that it heard."""
+    signals: list[int] = []
 
     def listen(signum, frame):
-        steps.append(signum)
+        signals.append(signum)
 
     before = signal.signal(signal.SIGTERM, listen)
-    yield steps
+    yield signals
     assert signal.getsignal(signal.SIGTERM) is listen
     signal.signal(signal.SIGTERM, before)
 
@@ -102,7 +102,11 @@ def test_a_run_that_is_told_in_its_last_step_ends_as_any_and_then_passes_it_on(t
 
 
 def test_a_run_that_fails_gives_the_signal_back(tmp_path, heard, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
     train_until_killed(make_recipe(tmp_path), 2, monkeypatch)
+    assert signal.getsignal(signal.SIGTERM) is before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
 
 
 def test_where_the_signal_is_ignored_it_stays_so(tmp_path, told_at):
