@@ -182,6 +182,36 @@ def test_an_empty_cache_has_an_empty_snapshot(small_model: ModelFactory) -> None
         assert torch.equal(model(random_ids(3, 9), past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("mixer", ALL)
+@pytest.mark.parametrize("change", ["none", "select_rows", "batch_repeat_interleave", "restore"])
+def test_what_was_read_under_inference_mode_can_be_written_outside(
+    small_model: ModelFactory, mixer: str, change: str
+) -> None:
+    model = small_model(mixer).eval()
+    ids = random_ids(2, 20)
+    cache = HybridCache(model.config)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+        if change == "select_rows":
+            cache.select_rows(torch.tensor([1, 0]))
+            ids = ids.flip(0)
+        elif change == "batch_repeat_interleave":
+            cache.batch_repeat_interleave(2)
+            ids = ids.repeat_interleave(2, dim=0)
+        elif change == "restore":
+            cache.restore(cache.snapshot())
+    with torch.no_grad():
+        step = model(input_ids=ids[:, :1], past_key_values=cache).logits
+        whole = model(input_ids=torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]
+        torch.testing.assert_close(step, whole)
+    assert cache.columns == 21
+    cache.reset()
+    assert (cache.is_fresh, cache.columns, cache.seen.tolist()) == (True, 0, [0] * len(ids))
+    with torch.no_grad():
+        again = model(input_ids=ids, past_key_values=cache).logits
+        torch.testing.assert_close(again, model(input_ids=ids).logits)
+
+
 def test_restore_refuses_what_does_not_fit_and_changes_nothing(small_model: ModelFactory) -> None:
     model = small_model("gated_deltanet", "learned_eviction")
     other = small_model("gated_deltanet", "learned_eviction", options={"learned_eviction": {"budget": 4}})

@@ -103,14 +103,18 @@ def test_prefill_and_decoding_are_one_graph_each(kind: str, most: int) -> None:
     assert graphs <= most
 
 
+@pytest.mark.parametrize("restored", [False, True])
 @torch.no_grad()
-def test_steps_with_bounded_memory_are_one_graph_of_tensors_that_stay_in_place() -> None:
+def test_steps_with_bounded_memory_are_one_graph_of_tensors_that_stay_in_place(restored: bool) -> None:
     """So that a CUDA graph can be played again: no input is a number that changes, and no state moves."""
     model = small_model("bounded").eval()
     ids = batch("plain", 40)["input_ids"]
     caches = HybridCache(model.config), HybridCache(model.config)
     for cache in caches:
-        model(input_ids=ids[:, :30], past_key_values=cache)
+        with torch.inference_mode():
+            model(input_ids=ids[:, :30], past_key_values=cache)
+            if restored:
+                cache.restore(cache.snapshot())
     places = [tensor.data_ptr() for layer in caches[1].layers for tensor in layer.tensors.values()]
     inputs: list[list[Any]] = []
 

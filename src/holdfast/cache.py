@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from holdfast.mixers import MIXERS, MixerState
-from holdfast.mixers.state import keep_address, writable
+from holdfast.mixers.state import lasting, writable
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
@@ -62,10 +63,8 @@ class HybridCache(Cache):
             ValueError: if the cache already holds another batch size.
         """
         if self.seen is None:
-            self.seen = torch.zeros(batch_size, dtype=torch.long, device=device)
-            self._ahead = torch.zeros((), dtype=torch.long, device=device)
-            keep_address(self.seen)
-            keep_address(self._ahead)
+            self.seen = lasting(partial(torch.zeros, batch_size, dtype=torch.long, device=device))
+            self._ahead = lasting(partial(torch.zeros, (), dtype=torch.long, device=device))
         if len(self.seen) != batch_size:
             raise ValueError(
                 f"the cache holds {len(self.seen)} rows, the input has {batch_size}; use cache.select_rows"
@@ -110,8 +109,9 @@ class HybridCache(Cache):
     def _catch_up(self) -> None:
         """Let every layer count the columns of compiled calls."""
         if self._ahead is not None and self._is_ahead:
+            columns = int(self._ahead)
             for layer in self.layers:
-                layer.advance(int(self._ahead))
+                layer.advance(columns)
             self._forget_ahead()
 
     def _forget_ahead(self) -> None:
@@ -162,15 +162,18 @@ class HybridCache(Cache):
         if snapshot:
             _check_agreement(restored, snapshot["seen"])
         self.layers = restored
-        self.seen = snapshot["seen"].to(device or snapshot["seen"].device, copy=True) if snapshot else None
-        self._ahead = None if self.seen is None else self.seen.new_zeros(())
+        self.seen = self._ahead = None
+        if snapshot:
+            seen = snapshot["seen"]
+            self.seen = lasting(partial(seen.to, device or seen.device, copy=True))
+            self._ahead = lasting(partial(self.seen.new_zeros, ()))
         self._is_ahead, self.is_fresh = False, self.layers[0].columns == 0
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the batch rows `index` [n] (any order, repeats allowed)."""
         if self.seen is None:
             return
-        self.seen = self.seen.index_select(0, index.to(self.seen.device))
+        self.seen = lasting(partial(self.seen.index_select, 0, index.to(self.seen.device)))
         for layer in self.layers:
             layer.select_rows(index)
 

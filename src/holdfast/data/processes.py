@@ -1,5 +1,7 @@
 """Work in several processes, which tells how far it is and stops at the first error; workers that end when told."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import multiprocessing
@@ -11,9 +13,10 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing import connection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.utils.data import DataLoader
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 __all__ = ["end_by_parent_only", "in_processes", "with_lasting_workers"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -69,11 +71,9 @@ class MixerState(CacheLayerMixin):
         if self.is_initialized:
             return
         self.tensors = {
-            name: torch.full(entry.shape, entry.fill, dtype=entry.dtype, device=device)
+            name: lasting(partial(torch.full, entry.shape, entry.fill, dtype=entry.dtype, device=device))
             for name, entry in self.spec(batch_size, dtype).items()
         }
-        for tensor in self.tensors.values():
-            keep_address(tensor)
         self.dtype, self.device = dtype, torch.device(device)
         self.is_initialized = True
 
@@ -125,12 +125,15 @@ class MixerState(CacheLayerMixin):
         found = {name: tuple(tensor.shape) for name, tensor in snapshot.items() if name != "columns"}
         if expected != found:
             raise ValueError(f"the snapshot does not fit {type(self).__name__}: it holds {found}, expected {expected}")
-        self.tensors = {name: snapshot[name].to(device, copy=True) for name in expected}
+        self.tensors = {name: lasting(partial(snapshot[name].to, device, copy=True)) for name in expected}
         self.columns, self.dtype, self.device, self.is_initialized = columns, dtype, torch.device(device), True
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the batch rows `index` [n] (any order, repeats allowed)."""
-        self.tensors = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: lasting(partial(tensor.index_select, 0, index.to(tensor.device)))
+            for name, tensor in self.tensors.items()
+        }
 
     # The names under which transformers asks for the same.
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -143,7 +146,9 @@ class MixerState(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self.tensors = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: lasting(partial(tensor.repeat_interleave, repeats, dim=0)) for name, tensor in self.tensors.items()
+        }
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what was evicted or folded into a state cannot be taken out again."""
@@ -190,7 +195,15 @@ def writable(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
-def keep_address(tensor: Tensor) -> None:
-    """Tell torch.compile that a tensor stays where it is, so that CUDA graphs write into it and need no copy."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor, guard=False)
+def lasting(make: Callable[[], Tensor]) -> Tensor:
+    """A new tensor that can be written in place in every mode, and whose address torch.compile may take for granted.
+
+    What is made under `torch.inference_mode` could not be written outside of it. CUDA graphs write into what stays
+    where it is, and copy everything else.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False), torch.no_grad():
+        tensor = make()
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
