@@ -2,6 +2,9 @@
 
 import ctypes
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +23,28 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return calls
 
 
-def test_blocks_of_up_to_32_mib_are_kept(asked: list[tuple[int, int]]) -> None:
+def test_neither_mapped_one_by_one_nor_trimmed(asked: list[tuple[int, int]]) -> None:
     allocation.keep_freed_memory()
-    assert (-3, 32 << 20) in asked
-    assert (-1, 2**31 - 1) in asked
+    assert (-4, 0) in asked
+    assert (-1, -1) in asked
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's")
+def test_large_blocks_are_used_again() -> None:
+    """64 MiB are 16,384 pages; a fresh block would have to be given every one of them."""
+    program = (
+        "import resource; from holdfast.cli.allocation import keep_freed_memory; keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(2):\n"  # the first is as the system gave it, zero already, and so not touched
+        "    block = bytes(64 << 20); del block\n"
+        "before = faults()\n"
+        "for _ in range(5):\n"
+        "    block = bytes(64 << 20); del block\n"
+        "print(faults() - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert int(found.stdout) < 1_000
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
