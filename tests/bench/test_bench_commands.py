@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast.bench.plots import plot_report
 from holdfast.bench.results import FORMAT, Case, Report, read_report
@@ -64,12 +65,13 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run_bench("ops", tmp_path)
     kinds = [case["kind"] for case in data["cases"]]
     both = ["attention"] * 4 + ["native sparse attention"] * 4
-    assert kinds == [*both, *["scorer"] * 5, "eviction", *["gated delta rule"] * 2]
+    assert kinds == [*both, *["decoding step"] * 2, *["scorer"] * 5, "eviction", *["gated delta rule"] * 2]
     names = [[result["name"] for result in case["results"]] for case in data["cases"]]
     few = ["holdfast, nothing evicted", "SDPA, causal", "SDPA, causal, by time"]  # up to 256 tokens
     assert names[0] == ["holdfast, budget", "holdfast, uncapped", *few]
     assert names[4] == ["holdfast, sparse", "SDPA, causal"]
-    assert names[8] == ["holdfast", "grouped convolutions"]
+    assert names[8] == ["holdfast", "PyTorch"]
+    assert names[10] == ["holdfast", "grouped convolutions"]
     assert names[-1] == ["holdfast", "transformers"]
     forward, both = (case["results"][2] for case in data["cases"][:2])
     assert forward["flops"] == 4 * 16 * 2 * 128 * 129 / 2
@@ -95,6 +97,22 @@ def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert long["Llama"]["cache_bytes"] == 2 * short["Llama"]["cache_bytes"]
     assert "random numbers" in short["Llama"]["notes"]["cache_filled_by"]
     assert "p99" in capsys.readouterr().out
+
+
+def test_decode_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the code that is generated, which takes a minute: the graph is run as it was traced."""
+    trace, asked = torch.compile, []
+
+    def compiled(model: torch.nn.Module, **options: object) -> object:
+        asked.append(options)
+        return trace(model, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    data = run_bench("decode", tmp_path, "--no-peers", "--compiled")
+    assert asked == [{"mode": "reduce-overhead", "fullgraph": True}]
+    for case in data["cases"]:
+        assert [result["name"] for result in case["results"]] == ["holdfast", "holdfast, compiled"]
+        assert case["results"][0]["cache_bytes"] == case["results"][1]["cache_bytes"]
 
 
 def test_prefill(tmp_path: Path) -> None:

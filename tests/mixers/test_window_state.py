@@ -45,7 +45,7 @@ def test_single_tokens(scores: list[float], budget: int, window: int, sinks: int
     for position in range(len(scores)):
         final = torch.tensor([[scores[position - reach] if position >= reach else -9.0]])
         new = pair(position)[None, None]
-        state.step(new, new, new, final, sinks, layout_at(position, 1))
+        state.steps(new[None], new[None], new[None], final[None], sinks, None)
         expected = alive(torch.tensor(scores[: position + 1])[None, :, None], budget, window, sinks)
         assert stored(state) == expected
         for slot, held in enumerate(state.positions[0, 0].tolist()):

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from holdfast.bench.models import Contender, contenders
+from holdfast.bench.models import Compiled, Contender, Holdfast, contenders
 from holdfast.bench.results import Case, Report, Result
 from holdfast.bench.settings import DecodeSettings
 from holdfast.bench.setup import Setup
@@ -26,6 +26,9 @@ def run_decode(settings: DecodeSettings) -> Report:
     setup = Setup.of(settings)
     settings = setup.settings
     models = contenders(settings, setup.device, setup.dtype)
+    if settings.compiled:
+        assert isinstance(models[0], Holdfast)
+        models.insert(1, Compiled(models[0]))
     contexts = sorted(set(settings.contexts))
     with torch.no_grad():
         caches = {model.name: model.filled_caches(contexts, settings.batch_size, CHUNK) for model in models}

@@ -28,6 +28,7 @@ from holdfast.modeling import HybridForCausalLM
 __all__ = [
     "MIXTURES",
     "SIZES",
+    "Compiled",
     "Contender",
     "Holdfast",
     "Size",
@@ -230,6 +231,27 @@ class Holdfast(Contender):
 
     def flops(self, context: int) -> int:
         return flops_per_token(self.model, context)
+
+
+class Compiled(Holdfast):
+    """The same model, its steps compiled for constant shapes: on a GPU each is one CUDA graph."""
+
+    def __init__(self, ours: Holdfast) -> None:
+        super().__init__(ours.model, f"{ours.name}, compiled")
+        self._step = torch.compile(ours.model, mode="reduce-overhead", fullgraph=True)
+
+    def filled_caches(self, contexts: Sequence[int], batch_size: int, chunk: int) -> dict[int, HybridCache]:
+        caches = super().filled_caches(contexts, batch_size, chunk)
+        for cache in track(list(caches.values()), "compiling"):
+            for _ in range(3):  # compiled, recorded, played
+                self.read(self.random_ids(batch_size, 1), cache)
+        return caches
+
+    def read(self, ids: Tensor, cache: Any) -> Tensor:
+        if ids.shape[1] > 1:
+            return super().read(ids, cache)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
 
 class Transformers(Contender):

@@ -1,4 +1,6 @@
-"""`holdfast bench ops`: attention with eviction, sparse attention, the scorer, eviction, and the gated delta rule."""
+"""`holdfast bench ops`: attention with eviction, sparse attention, a decoding step, the scorer, eviction, and the
+gated delta rule.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from holdfast.bench.scorer import scorer_cases
 from holdfast.bench.settings import PASSES, WARM_UP_TOKENS, OpsSettings
 from holdfast.bench.setup import Setup
 from holdfast.bench.sparse import sparse_cases
+from holdfast.bench.step import step_cases
 from holdfast.bench.timing import Variant
 from holdfast.ops.gated_delta_rule import gated_delta_rule
 from holdfast.ops.norms import l2_norm
@@ -44,6 +47,8 @@ def run_ops(settings: OpsSettings) -> Report:
     if "sparse" in settings.only:
         for tokens in settings.tokens:
             cases += sparse_cases(setup, tokens)
+    if "step" in settings.only:
+        cases += step_cases(setup)
     if "scorer" in settings.only:
         for tokens in (1, *settings.tokens):
             cases += scorer_cases(setup, tokens)

@@ -111,14 +111,16 @@ class BenchSettings:
 class OpsSettings(BenchSettings):
     """Attention, scorer, eviction and the gated delta rule alone: time and peak memory, forward and backward."""
 
-    only: tuple[Literal["attention", "sparse", "scorer", "retention", "delta"], ...] = (
+    only: tuple[Literal["attention", "sparse", "step", "scorer", "retention", "delta"], ...] = (
         "attention",
         "sparse",
+        "step",
         "scorer",
         "retention",
         "delta",
     )
-    """What to measure; sparse: native sparse attention; scorer: the network that decides what is kept."""
+    """What to measure; sparse: native sparse attention; step: attention of one decoded token; scorer: the network
+    that decides what is kept."""
     tokens: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     """Lengths of the sequences that attention, sparse attention and the scorer read."""
     batch_size: int = 1
@@ -137,6 +139,8 @@ class OpsSettings(BenchSettings):
     """Of sparse attention: blocks that a query reads in full."""
     sparse_window: int = 512
     """Of sparse attention: counts the token itself."""
+    step_batches: tuple[int, ...] = (1, 64)
+    """Of a decoding step: rows."""
     retention_tokens: int = 131072
     """Length of the sequence whose scores the eviction reads."""
     delta_shapes: tuple[tuple[int, int, int, int], ...] = ((8, 512, 4, 64), (1, 4096, 4, 64))
@@ -150,6 +154,7 @@ class OpsSettings(BenchSettings):
         require_at_least(1, head_dim=self.head_dim, window=self.window, kept=self.kept)
         require_at_least(1, block_size=self.block_size, num_blocks=self.num_blocks, sparse_window=self.sparse_window)
         require_at_least(1, group_size=self.group_size, retention_tokens=self.retention_tokens)
+        require_at_least(1, step_batches=self.step_batches)
         for shape in self.delta_shapes:
             require_at_least(1, delta_shapes=shape)
         if self.heads % (self.kv_heads or self.heads):
@@ -169,6 +174,7 @@ class OpsSettings(BenchSettings):
         "block_size": 8,
         "num_blocks": 4,
         "sparse_window": 16,
+        "step_batches": (1, 3),
         "retention_tokens": 1024,
         "delta_shapes": ((2, 96, 2, 16),),
         "memory": False,
@@ -218,6 +224,9 @@ class DecodeSettings(ModelSettings):
     steps: int = 500
     """Steps of every model and context, in turns of 20."""
     batch_size: int = 1
+    compiled: bool = False
+    """Measure this library's step also as torch.compile makes it in the mode reduce-overhead: one CUDA graph, on a
+    GPU."""
     repeats: int = 5
     """Not used: --steps says how many."""
 

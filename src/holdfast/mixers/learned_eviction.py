@@ -19,7 +19,7 @@ from holdfast.mixers.layout import TokenLayout, count_documents, document_of_col
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
-from holdfast.mixers.window_state import WindowState
+from holdfast.mixers.window_state import WindowState, is_short
 from holdfast.ops.gated_attention import gated_retained_attention
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER, streaming_retention
@@ -191,8 +191,8 @@ class LearnedEviction(SoftmaxAttention):
             return self._whole(q, k, v, features, layout)
         if self.substitute is not None:
             raise ValueError("a substitute for the scorer works in one pass only; pass use_cache=False.")
-        if layout.length == 1 and not layout.fresh:
-            return self._step(q, k, v, features, layout, state)
+        if is_short(q, layout):
+            return self._steps(q, k, v, features, layout, state)
         return self._chunk(q, k, v, features, layout, state)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout) -> MixerOutput:
@@ -228,18 +228,18 @@ class LearnedEviction(SoftmaxAttention):
         state.tail.copy_(tail[:, tail.shape[1] - state.tail.shape[1] :])
         return MixerOutput(self.output(out), scores[:, -layout.length :])
 
-    def _step(
+    def _steps(
         self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout, state: WindowState
     ) -> MixerOutput:
-        """One token per row, in place. O(budget + window) time, nothing is copied."""
+        """A token or a few, in place. O(T·(budget + window)) time, nothing is copied."""
         tail = state.extended_tail(features, layout)
-        reach = self.router.reach
-        valid = layout.latest_exist(tail.shape[1])
-        score = self.router(tail, valid)[:, 0]
-        out = state.step(q[:, 0], k[:, 0], v[:, 0], score, self.options.sinks, layout)
-        state.tail.copy_(tail[:, 1:])
-        pending = score.new_full((score.shape[0], 1, score.shape[1]), torch.nan) if reach else score.unsqueeze(1)
-        return MixerOutput(self.output(out.unsqueeze(1)), pending)
+        scores = self.router(tail, layout.latest_exist(tail.shape[1]))  # of the tokens `reach` before
+        out = state.steps(q, k, v, scores, self.options.sinks, layout.real)
+        state.tail.copy_(tail[:, layout.length :])
+        final = torch.full_like(scores, torch.nan)
+        if layout.length > (reach := self.router.reach):
+            final[:, : layout.length - reach] = scores[:, reach:]
+        return MixerOutput(self.output(out), final)
 
     def _teaching(self, v: Tensor, scores: Tensor) -> Tensor:
         """The values, unchanged; their gradients also reach the scores."""

@@ -11,6 +11,17 @@ from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
 from holdfast.ops.window_step import EMPTY, Slots, ring_positions, window_step
 
+# So many tokens and fewer, with a cache in front, are read one after the other: that costs them the pairs that are
+# held, in place, where a chunk brings all of these into order and copies them.
+_FEW = 16
+
+
+def is_short(q: Tensor, layout: TokenLayout) -> bool:
+    """Whether a call on a cache, with queries [B, T, H, D], is better read by `WindowState.steps` than as a chunk."""
+    if layout.fresh:
+        return False
+    return layout.length == 1 or (layout.length <= _FEW and not q.requires_grad)
+
 
 @dataclass(frozen=True)
 class PastRows:
@@ -134,21 +145,37 @@ class WindowState(MixerState):
         """The scorer's inputs [B, R − 1 + T, Hkv, 2D]: the latest of the past, then `features` of this call."""
         return join_past(self.tail, features, layout.num_pads)
 
-    def step(
-        self, q: Tensor, key: Tensor, value: Tensor, score: Tensor | None, sinks: int, layout: TokenLayout
+    def steps(
+        self, q: Tensor, keys: Tensor, values: Tensor, scores: Tensor | None, sinks: int, real: Tensor | None
     ) -> Tensor:
-        """Advance by one token per row, in place, and attend over what is then held. O(budget + window) time.
+        """Advance by a few tokens, one after the other, in place, and attend with each over what is then held.
 
         Args:
-            q: [B, H, D]. key, value: [B, Hkv, D] of the new token.
-            score: [B, Hkv] fp32, the score that has just become final: that of the token `delay` before the new one.
+            q: [B, T, H, D]. keys, values: [B, T, Hkv, D] of the new tokens.
+            scores: [B, T, Hkv] fp32, the scores that become final one by one: those of the tokens `delay` before.
             sinks: the first tokens of a sequence, never dropped.
+            real: [B, T] bool, False at pads; None where there are none.
 
         Returns:
-            [B, H, D].
+            [B, T, H, D].
+
+        O(T·(budget + window)) time, and nothing is copied, gathered or sorted.
         """
         slots = Slots(self.keys, self.values, self.seen)
         if self.budget:
             slots = Slots(self.keys, self.values, self.seen, self.scores, self.positions)
-        real = None if layout.real is None else layout.real[:, 0]
-        return window_step(q, key, value, slots, score=score, real=real, sinks=sinks, delay=self.delay)
+        q, keys, values = (x.transpose(0, 1).contiguous() for x in (q, keys, values))
+        outputs = [
+            window_step(
+                q[t],
+                keys[t],
+                values[t],
+                slots,
+                score=None if scores is None else scores[:, t].contiguous(),
+                real=None if real is None else real[:, t].contiguous(),
+                sinks=sinks,
+                delay=self.delay,
+            )
+            for t in range(len(q))
+        ]
+        return torch.stack(outputs, dim=1)
