@@ -112,6 +112,17 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert list(whole["models"]) == ["tokens" if name == "turns" else "text"]
 
 
+def test_answers_of_another_commit_are_not_gone_on_from(
+    models: Path, squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["evaluate", *commands(models, squad)["recall"], "--json", str(tmp_path / "found.json")]
+    for commit, resumed in (("1" * 40, 0), ("2" * 40, 0), ("1" * 40, 1)):
+        monkeypatch.setattr("holdfast.machine._commit", lambda commit=commit: commit)
+        assert main(argv) == 0
+        assert capsys.readouterr().err.count("going on after") == resumed
+        assert json.loads((tmp_path / "found.json").read_text())["machine"]["commit"] == commit
+
+
 def without_resumed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_resumed(entry) for name, entry in value.items() if name != "resumed"}

@@ -178,12 +178,17 @@ def open_log(
 ) -> SampleLog:
     """The log of answers, or of what else is kept, of a model, beside the file of results; without that file nothing is
     kept. A configuration stands for an untrained model.
+
+    Answers of other versions, another commit or another device are not gone on from: results name one of each.
     """
     from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
+    from holdfast.machine import describe_machine
 
     path = None if json is None else json.with_suffix(".samples.jsonl")
     fingerprint = model_fingerprint(model) if isinstance(model, Path) else model.to_dict()
-    log = SampleLog(path, {"evaluation": evaluation, "model": fingerprint, **settings})
+    machine = describe_machine()
+    by = {name: machine[name] for name in ("commit", "packages", "accelerator")}
+    log = SampleLog(path, {"evaluation": evaluation, "model": fingerprint, "by": by, **settings})
     if log.records:
         name = model if isinstance(model, Path) else "an untrained model"
         error_console().print(f"{name}: going on after {len(log.records):,} {what} in {path}.", soft_wrap=True)
