@@ -201,9 +201,11 @@ def efficiency() -> str:
     found = read("efficiency-cpu")
     contexts, models = found["settings"]["contexts"], found["models"]
 
-    def by_context(title: str, shown: Callable[[Any], str]) -> str:
+    def by_context(title: str, shown: Callable[[Any], str], only: Callable[[Any], bool] = lambda model: True) -> str:
         rows = []
         for name, model in models.items():
+            if not only(model):
+                continue
             costs = {cost["context"]: cost for cost in model["costs"]}
             rows.append([name, *(shown(costs[at]) if at in costs else "–" for at in contexts)])
         return table([title, *(f"{context:,}" for context in contexts)], rows)
@@ -235,10 +237,27 @@ def efficiency() -> str:
         by_context("tokens/s read, context", lambda cost: f"{cost['prefill_tokens_per_second']:,.0f}"),
         by_context("ms per generated token, p50 (p99)", latency),
         by_context("MiB of cache / peak beyond the weights", memory),
-        by_context("pairs that a head can read", held),
-        by_context("scorers' share of the time, reading / generating", share),
+        by_context("pairs that a head holds", held),
+        by_context(
+            "scorers' share of the time, reading / generating",
+            share,
+            lambda model: any(cost["scorer"] for cost in model["costs"]),
+        ),
     ]
-    return f"""Untrained models of equal size ({", ".join(sizes)}), batch {found["settings"]["batch_sizes"][0]}, fp32, {found["machine"]["threads"]} threads; models take turns.{dash}
+    parts.append(
+        table(
+            ["million operations per token", *(f"{context:,}" for context in contexts)],
+            [
+                [name, *(f"{model['flops_per_token'][str(at)] / 1e6:,.0f}" for at in contexts)]
+                for name, model in models.items()
+            ],
+        )
+    )
+    readings = found["settings"]["repeats"]
+    return f"""Untrained models of equal size ({", ".join(sizes)}) on random tokens, batch {found["settings"]["batch_sizes"][0]}, fp32, {found["machine"]["threads"]} threads; models take turns, {"one reading" if readings == 1 else f"{readings} readings"} and {found["settings"]["steps"]} generated tokens each.{dash}
+What laLTE holds is its capacity: an untrained scorer finds every pair worth keeping. laNSA shares one key/value head among 16 query
+heads, as it is published; the other attention layers have 4 key/value heads, with which its cache would be four times as large. It holds
+all pairs, and reads 16 blocks of 64 and a window of them.
 
 ![Costs by context](../benchmarks/results/efficiency.png)
 
