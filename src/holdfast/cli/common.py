@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from holdfast.cli.errors import UsageError
+from holdfast.cli.hub import fetch_model, is_hub_name
 
 if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
@@ -71,13 +72,15 @@ def read_recipe(name: str) -> Recipe:
 
 
 def model_directory(name: str) -> Path:
-    """`name` as the path of a directory with a saved model.
+    """The directory with the saved model `name`: a path, or a model on the hub, OWNER/NAME[@REVISION].
 
     Raises:
         UsageError: if there is no model.
     """
     directory = Path(name)
     if not directory.is_dir():
+        if is_hub_name(name):
+            return fetch_model(name)
         raise UsageError(f"There is no model directory {name}; give one that `holdfast train` or `convert` wrote.")
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.common import error_console, model_directory
 from holdfast.cli.errors import UsageError
+from holdfast.cli.hub import hub_name
 from holdfast.files import write_json
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ def model_directories(names: Sequence[str], command: str) -> list[Path]:
 
 
 def shown_names(directories: Sequence[Path]) -> dict[Path, str]:
-    """What tables, pictures and files of results call the models: the directory's name where it tells them apart."""
-    names = [directory.resolve().name for directory in directories]
+    """What tables, pictures and files of results call the models: their name on the hub, or the directory's; its path
+    where that does not tell them apart.
+    """
+    names = [hub_name(directory) or directory.resolve().name for directory in directories]
     return {
         directory: name if names.count(name) == 1 else str(directory)
         for directory, name in zip(directories, names, strict=True)

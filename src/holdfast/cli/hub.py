@@ -1,0 +1,52 @@
+"""Models on the Hugging Face hub, named OWNER/NAME or OWNER/NAME@REVISION where a directory could stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from holdfast.cli.errors import UsageError
+
+__all__ = ["fetch_model", "hub_name", "is_hub_name"]
+
+_NAME = re.compile(r"(?P<model>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+# Weights by safetensors alone: nothing of a stranger's is unpickled.
+_FILES = ("*.json", "*.safetensors", "*.model", "recipe.toml")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be meant for the hub; what begins with a directory that is here is a path."""
+    return (
+        _NAME.fullmatch(name) is not None and not Path(name).parts[0].startswith(".") and not Path(name).parent.is_dir()
+    )
+
+
+def fetch_model(name: str) -> Path:
+    """The directory in the hub's cache that holds the model `name`, downloaded where it is not there yet.
+
+    Raises:
+        UsageError: if the hub has no such model or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    found = _NAME.fullmatch(name)
+    assert found is not None
+    model, revision = found["model"], found["revision"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"There is no model directory {name}, and the hub cannot be reached; give a directory, or try again online."
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UsageError(f"There is no model directory {name}, and the hub does not give one: {first}") from error
+
+
+def hub_name(directory: Path) -> str | None:
+    """OWNER/NAME of a directory in the hub's cache, models--OWNER--NAME/snapshots/COMMIT; None of any other."""
+    kept = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not kept.startswith("models--"):
+        return None
+    return kept.removeprefix("models--").replace("--", "/", 1)

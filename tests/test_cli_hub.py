@@ -1,0 +1,75 @@
+"""Models on the hub where a directory could stand: without a network, by a cache that is made here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from holdfast.cli import main
+from holdfast.cli.common import model_directory
+from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import shown_names
+from holdfast.cli.hub import is_hub_name
+from passes import ModelFactory
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(small_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What was asked of the hub, which has one model, someone/small."""
+    kept = tmp_path / "hub" / "models--someone--small" / "snapshots" / COMMIT
+    small_model("gated_deltanet", "learned_eviction").save_pretrained(kept)
+    asked: list[dict[str, Any]] = []
+
+    def download(model: str, **given: Any) -> str:
+        asked.append({"model": model, **given})
+        if model != "someone/small":
+            raise LocalEntryNotFoundError("no connection")
+        return str(kept)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_model_is_fetched_without_pickles_and_keeps_its_name(hub: list[dict[str, Any]]) -> None:
+    directory = model_directory("someone/small@v1.0")
+    assert directory.name == COMMIT
+    assert shown_names([directory]) == {directory: "someone/small"}
+    assert [(call["model"], call["revision"]) for call in hub] == [("someone/small", "v1.0")]
+    assert "*.safetensors" in hub[0]["allow_patterns"]
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in hub[0]["allow_patterns"])
+
+
+def test_it_is_evaluated_by_its_name(hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    output = tmp_path / "costs.json"
+    sizes = ["--contexts", "32", "--steps", "2", "--repeats", "1", "--no-memory"]
+    assert main(["evaluate", "efficiency", "someone/small", *sizes, "--json", str(output)]) == 0
+    assert list(json.loads(output.read_text())["models"]) == ["someone/small"]
+
+
+def test_what_the_hub_does_not_give_is_one_clear_line(
+    hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "someone/else", "Hello"]) == 2
+    assert "There is no model directory someone/else, and the hub cannot be reached" in capsys.readouterr().err
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/absent", "./absent", "absent", "a/b/c", str(tmp_path / "absent")):
+        assert not is_hub_name(name)
+        with pytest.raises(UsageError, match="There is no model directory"):
+            model_directory(name)
+    assert hub == []
+    shutil.rmtree(tmp_path / "runs")
+    assert is_hub_name("runs/absent")
