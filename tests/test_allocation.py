@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.cli import allocation
+from holdfast.cli import allocation, main
 
 
 @pytest.fixture
@@ -23,17 +23,29 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return calls
 
 
-def test_neither_mapped_one_by_one_nor_trimmed(asked: list[tuple[int, int]]) -> None:
-    allocation.keep_freed_memory()
-    assert (-4, 0) in asked
-    assert (-1, -1) in asked
+@pytest.mark.parametrize(("large", "unmapped"), [(False, (-3, 32 << 20)), (True, (-4, 0))])
+def test_neither_mapped_one_by_one_nor_trimmed(
+    large: bool, unmapped: tuple[int, int], asked: list[tuple[int, int]]
+) -> None:
+    allocation.keep_freed_memory(large=large)
+    assert asked[:2] == [unmapped, (-1, -1)]
+
+
+@pytest.mark.parametrize(("command", "large"), [("train", True), ("bench", True), ("generate", False), (None, False)])
+def test_large_blocks_are_kept_where_no_cache_grows(
+    command: str | None, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("holdfast.cli.keep_freed_memory", lambda *, large: kept.append(large))
+    assert main([] if command is None else [command, "--help"]) == 0
+    assert kept == [large]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's")
 def test_large_blocks_are_used_again() -> None:
     """64 MiB are 16,384 pages; a fresh block would have to be given every one of them."""
     program = (
-        "import resource; from holdfast.cli.allocation import keep_freed_memory; keep_freed_memory()\n"
+        "import resource; from holdfast.cli.allocation import keep_freed_memory; keep_freed_memory(large=True)\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(2):\n"  # the first is as the system gave it, zero already, and so not touched
         "    block = bytes(64 << 20); del block\n"
