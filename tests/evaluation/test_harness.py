@@ -103,6 +103,56 @@ def test_generation_in_batches_of_different_lengths(harness: Any, checkpoint: Pa
         assert text == tokenizer.decode(new, skip_special_tokens=True)
 
 
+def test_no_request_is_cut_unasked(harness: Any) -> None:
+    """The model was trained on 64 tokens, which are bytes here."""
+    settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
+
+    def generate(length: int) -> list[str]:
+        asked = [("short", dict(settings)), ("x" * length, dict(settings))]
+        return harness.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+    def score(length: int) -> list[tuple[float, bool]]:
+        asked = [("short", " one"), ("x" * length, " one")]
+        return harness.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
+
+    assert len(generate(58)) == 2
+    with pytest.raises(ValueError, match=r"65 tokens with its answer, more than the 64 .* max_length=65 or more"):
+        generate(59)
+    assert len(score(61)) == 2  # the last of 65 tokens is scored and not read
+    with pytest.raises(ValueError, match=r"65 tokens with its answer, more than the 64 .* max_length=65 or more"):
+        score(62)
+    with pytest.raises(ValueError, match=r"260 tokens with its answer"):  # 256 to generate, where nothing says how many
+        harness.generate_until(requests("generate_until", [("cold", {"until": []})]), disable_tqdm=True)
+    rolling = requests("loglikelihood_rolling", [("x" * 300,)])
+    assert harness.loglikelihood_rolling(rolling, disable_tqdm=True)[0] < 0
+
+
+def test_a_length_that_was_given_is_read(checkpoint: Path) -> None:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    longer = HoldfastLM(pretrained=str(checkpoint), batch_size=1, device="cpu", dtype="float32", max_length=96)
+    model, tokenizer = HybridForCausalLM.from_pretrained(checkpoint).eval(), byte_tokenizer()
+    context, continuation = "The key is 7. " + "x" * 70, " seven"
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)]
+    found = longer.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
+    assert found[0][0] == pytest.approx(log_probability(model, *encoded)[0], abs=1e-3)
+    settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
+    asked = requests("generate_until", [("x" * 95, settings)])
+    assert len(longer.generate_until(asked, disable_tqdm=True)) == 1  # who gives a length has longer ones cut to it
+
+
+def test_the_command_refuses_long_requests_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path, "x" * 80)]
+    assert main(arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast: ")]
+    assert "more than the 64 that the model was trained on" in line
+    assert "--model_args max_length=" in line
+    assert main([*arguments, "--model_args", "max_length=128"]) == 0
+    assert written(tmp_path)["n-samples"]["say"]["effective"] == 5
+
+
 def test_the_command_runs_local_tasks(checkpoint: Path, tmp_path: Path) -> None:
     assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 0
     found = written(tmp_path)
@@ -138,13 +188,14 @@ def test_the_entry_point_is_the_model() -> None:
     assert registry.get("holdfast") is HoldfastLM is get_model("holdfast")
 
 
-def local_tasks(folder: Path) -> list[str]:
-    """Options for two tasks of files that are written into the folder."""
+def local_tasks(folder: Path, *more_words: str) -> list[str]:
+    """Options for two tasks of files that are written into the folder, with a sample for each of some words."""
     (folder / "tasks").mkdir(exist_ok=True)
     for name, kind, more in (("say", "generate_until", GENERATION), ("choose", "multiple_choice", CHOICE)):
         task = TASK.format(name=name, folder=folder, kind=kind, more=more)
         (folder / f"tasks/{name}.yaml").write_text(task)
-    samples = [{"question": f"Not {word} but", "answer": " hot"} for word in ("cold", "warm", "blue", "dry")]
+    words = ("cold", "warm", "blue", "dry", *more_words)
+    samples = [{"question": f"Not {word} but", "answer": " hot"} for word in words]
     (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
     options = f"--include_path {folder}/tasks --tasks say,choose --batch_size 2 --device cpu --output_path {folder}/out"
     return options.split()

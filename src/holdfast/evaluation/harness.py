@@ -3,7 +3,8 @@
 `holdfast evaluate lm-eval` runs the harness with this model in it. The harness's own command knows models of other
 packages by entry points in the group `lm_eval.models`, as pyproject.toml declares this one, only in versions after
 0.4.13, where `lm-eval run --model holdfast` works; with 0.4.13 and before it takes
-`lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers.
+`lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers, but cuts the
+beginning off a request that is longer than the model was trained on, where this one refuses it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
@@ -29,12 +32,45 @@ class HoldfastLM(HFLM):
 
     All it does is inherited: loglikelihood, rolling loglikelihood and generate_until, in batches with pads. Pads behind
     a text change nothing in it, for what a scorer reads of the future is never older than the window.
+
+    A request of more tokens than the model was trained on is refused, unless `max_length` says how many to read: the
+    harness would cut off its beginning, where the needles of a long context may lie, and score what is left.
     """
 
     AUTO_MODEL_CLASS = HybridForCausalLM
 
     def _get_config(self, pretrained: str, *, revision: str = "main", **_: Any) -> None:
         self._config = HybridConfig.from_pretrained(pretrained, revision=revision)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        # The last token is scored and not read. Windows of rolling loglikelihood come here too; they fit by their make.
+        self._refuse_cutting(max((len(before) + len(after) - 1 for _, before, after in requests), default=0))
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue the prompts as the harness does.
+
+        Raises:
+            ValueError: a prompt and its answer are longer than the model was trained on, and no `max_length` was given.
+        """
+        if not self._max_length:  # before the first is generated: what comes later would be lost after hours
+            self._refuse_cutting(max((self._generation_tokens(request) for request in requests), default=0))
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _generation_tokens(self, request: Instance) -> int:
+        prompt, settings = request.args
+        return len(self.tok_encode(prompt)) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+
+    def _refuse_cutting(self, tokens: int) -> None:
+        """Refuse a request of so many tokens, those to generate included, that the harness would cut unasked."""
+        if not self._max_length and tokens > self.max_length:
+            raise ValueError(
+                f"a request takes {tokens:,} tokens with its answer, more than the {self.max_length:,} that the model "
+                f"was trained on (max_position_embeddings); give --model_args max_length={tokens} or more to measure "
+                "what it does beyond."
+            )
 
 
 def run_harness(model: str, arguments: Sequence[str]) -> None:
