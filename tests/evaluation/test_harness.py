@@ -188,6 +188,18 @@ def test_the_entry_point_is_the_model() -> None:
     assert registry.get("holdfast") is HoldfastLM is get_model("holdfast")
 
 
+def test_the_extra_brings_what_ruler_tasks_import() -> None:
+    from importlib.metadata import metadata, requires
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (asked,) = extras["eval"]
+    named = set(asked.partition("[")[2].partition("]")[0].split(","))
+    assert named == {"hf", "ruler"}
+    assert named <= set(metadata("lm_eval").get_all("Provides-Extra") or ())
+    brought = {each.partition(";")[0].strip() for each in requires("lm_eval") or () if 'extra == "ruler"' in each}
+    assert brought >= {"nltk", "wonderwords", "scipy"}
+
+
 def local_tasks(folder: Path, *more_words: str) -> list[str]:
     """Options for two tasks of files that are written into the folder, with a sample for each of some words."""
     (folder / "tasks").mkdir(exist_ok=True)
