@@ -28,12 +28,13 @@ def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = 
 
 
 def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: str = "the model") -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for, or that cannot write plain English text.
+    """Refuse a tokenizer with ids that the model has no embedding for, that cannot write plain English text, or that
+    puts a token behind every text: a prompt would end in it, and the model continue what has ended.
 
     Args:
         tokenizer: of the model.
         config: of the model.
-        english: whether what is asked is English; where a user brings the text, its language is not known.
+        english: whether English is asked; where a user brings the text, its language is not known, nor is it a prompt.
         name: of the model, for the error.
 
     Raises:
@@ -48,3 +49,9 @@ def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: 
     written = tokenizer("The key is 7.").input_ids
     if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
         raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")
+    plain = tokenizer("The key is 7.", add_special_tokens=False).input_ids
+    if written[-len(plain) :] != plain:  # one before the text, such as that of its beginning, is welcome
+        raise ValueError(
+            f"the tokenizer of {name} puts {tokenizer.decode(written[-1:])!r} behind every text, so that no prompt "
+            "could be continued; give one whose post-processor (in tokenizer.json) puts nothing there."
+        )
