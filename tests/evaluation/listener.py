@@ -75,3 +75,16 @@ class Listener(nn.Module):
         answer = self.garble(" " + ", ".join(values)) + "\n"
         said = len(asked[2])
         return ord(answer[said]) if said < len(answer) else self.tokenizer.eos_token_id
+
+
+class MergingListener(Listener):
+    """Says the last digit of an answer and the line break behind it in one token."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=269)
+        self.tokenizer.add_tokens([f"{digit}\n" for digit in range(10)])
+
+    def _next(self, text: str) -> int:
+        token = super()._next(text)
+        ends = 48 <= token < 58 and super()._next(text + chr(token)) == ord("\n")
+        return self.tokenizer.convert_tokens_to_ids(f"{chr(token)}\n") if ends else token

@@ -11,7 +11,7 @@ import torch
 from holdfast import HybridForCausalLM
 from holdfast.data.text import byte_tokenizer, train_tokenizer
 from holdfast.evaluation import conversation
-from holdfast.evaluation.conversation import Conversation, line_break_tokens
+from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.mixers import MIXERS
 
 Model = Callable[..., HybridForCausalLM]
@@ -117,6 +117,23 @@ def test_bf16(small_model: Model, mixer: str) -> None:
     torch.testing.assert_close(talk._logits[:1], single._logits, rtol=0.05, atol=0.05)  # beside others, with pads
     assert all(len(answer) == 4 for answer in talk.answer(4))
     assert all(layer.nbytes > 0 for layer in talk.cache.layers)
+
+
+def test_the_token_that_ended_an_answer_is_known(small_model: Model) -> None:
+    model = small_model("gated_deltanet")
+    rows = random_turns()[0]
+    free, talk = Conversation(model), Conversation(model)
+    free.read(rows)
+    talk.read(rows)
+    whole = free.answer(8)
+    assert free.ended_by == [[], [], []]
+    stop = {whole[0][3]}
+    for answer, end, unstopped in zip(talk.answer(8, stop), talk.ended_by, whole, strict=True):
+        assert stop.isdisjoint(answer)
+        assert answer + end == unstopped[: len(answer) + len(end)]
+        assert set(end) == stop if len(answer) < 8 else end == []
+    assert first_line("7.\nWhat") == "7."
+    assert first_line("7.") == "7."
 
 
 def test_wrong_use_is_refused(small_model: Model) -> None:

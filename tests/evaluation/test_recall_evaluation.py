@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from listener import Listener
+from listener import Listener, MergingListener
 
 from holdfast.data.recall import RecallSample
 from holdfast.evaluation.recall import contains_an_answer, evaluate_recall
@@ -31,6 +31,12 @@ def test_an_answer_in_the_first_line_counts() -> None:
     assert evaluate(Listener(garble=lambda text: f" none\n{text}")).contains.correct == 0
     assert evaluate(Listener(), new_tokens=6).contains.correct == 0  # cut off before the number
     assert evaluate(Listener(), new_tokens=7).contains.correct == 6
+
+
+def test_what_stands_before_the_line_break_in_its_token_counts(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path / "log", {})
+    assert evaluate(MergingListener(), log=log).contains.correct == 6
+    assert sorted(record["given"] for record in log.records.values()) == [f" Blue-{number}" for number in range(9)]
 
 
 def test_letter_case_is_no_matter_and_nothing_is_a_pattern() -> None:

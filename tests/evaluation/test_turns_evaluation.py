@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-from listener import Listener
+from listener import Listener, MergingListener
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
@@ -38,6 +38,12 @@ def test_who_remembers_all_is_always_right(asides: bool) -> None:
     assert sum(share.count for share in result.by_back.values()) == 40
     assert result.conversations == 5
     assert result.cache_bytes > 0
+
+
+def test_what_stands_before_the_line_break_in_its_token_counts() -> None:
+    model = MergingListener()
+    script = TextTurns(PLAN, model.tokenizer, 600, new_tokens=9)
+    assert evaluate_turns(model, script, conversations=2, progress=False).total.accuracy == 1
 
 
 @pytest.mark.parametrize("asides", [False, True])

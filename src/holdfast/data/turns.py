@@ -334,8 +334,8 @@ class TextTurns:
     def to_dict(self) -> dict[str, Any]:
         """See `TurnScript.to_dict`."""
         own = {name: getattr(self, name) for name in ("turn_length", "new_tokens", "asides")}
-        # The version changes when the same settings make other conversations, so that logs do not mix them.
-        return {"kind": "text", "version": 2, **asdict(self.plan), **own, "haystack_sha256": self._essays.sha256}
+        # The version changes when the same settings make other conversations or answers, so that logs do not mix them.
+        return {"kind": "text", "version": 3, **asdict(self.plan), **own, "haystack_sha256": self._essays.sha256}
 
     def _passage(self, facts: Sequence[tuple[str, str]], turn: int, words: range, rng: random.Random) -> str:
         """Facts at random places of these words of the haystack."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.cache import HybridCache
 from holdfast.evaluation.inference import device_of
 
-__all__ = ["Conversation", "line_break_tokens"]
+__all__ = ["Conversation", "first_line", "line_break_tokens"]
 
 COLUMNS_AT_ONCE = 2048  # read per call: a prompt of any length then needs the memory of so many tokens
 
@@ -31,6 +31,7 @@ class Conversation:
         tokens_said: [B] int64, tokens of each conversation so far: those given to `read`, and those answered.
         tokens_read: [B] int64, tokens that the model was called with. Behind `tokens_said` by the last answered token
             where that has not been read yet, and never ahead of it: nothing is read twice.
+        ended_by: [B] the token that ended each of the last answers, in a list; an empty one where none did.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,6 +39,7 @@ class Conversation:
         self.cache = HybridCache(model.config)
         self.tokens_said = torch.zeros(0, dtype=torch.long)
         self.tokens_read = torch.zeros(0, dtype=torch.long)
+        self.ended_by: list[list[int]] = []
         self._unread = torch.zeros(0, 0, dtype=torch.long)  # [B, 0 or 1], the tokens answered last
         self._is_unread = self._unread.bool()
         self._logits = torch.zeros(0, 0)
@@ -67,7 +69,8 @@ class Conversation:
 
         Args:
             max_new_tokens: tokens at the most, at least 1.
-            stop: ids that end an answer. The one that did is neither returned nor part of the conversation.
+            stop: ids that end an answer. The one that did is neither returned nor part of the conversation; it stands
+                in `ended_by`.
 
         Returns:
             The ids of each answer; empty where its first token was one of `stop`.
@@ -81,12 +84,16 @@ class Conversation:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
         stop_ids = torch.tensor(sorted(stop), dtype=torch.long)
         answers: list[list[int]] = [[] for _ in self.tokens_said]
+        self.ended_by = [[] for _ in answers]
         open_rows = torch.ones(len(answers), dtype=torch.bool)
         for _ in range(max_new_tokens):
             if self._is_unread.any():
                 self._call(self._unread, self._is_unread)
             tokens = self._logits.argmax(-1).cpu()
-            open_rows &= ~torch.isin(tokens, stop_ids)
+            ends = open_rows & torch.isin(tokens, stop_ids)
+            for row in ends.nonzero().flatten().tolist():
+                self.ended_by[row] = [int(tokens[row])]
+            open_rows &= ~ends
             if not open_rows.any():
                 break
             self._unread, self._is_unread = tokens[:, None], open_rows[:, None].clone()
@@ -131,6 +138,15 @@ class Conversation:
             )
         self._logits = output.logits[:, -1]
         self._forget_unread(len(ids))
+
+
+def first_line(text: str) -> str:
+    """What stands before the first line break.
+
+    An answer that one of `line_break_tokens` ended is judged by the first line of it and that token together: the token
+    may hold the end of the answer too.
+    """
+    return text.partition("\n")[0]
 
 
 def line_break_tokens(tokenizer: Any) -> frozenset[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.data.progress import track
 from holdfast.data.recall import RecallSample
-from holdfast.evaluation.conversation import Conversation, line_break_tokens
+from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share
 from holdfast.evaluation.limits import check_length, check_tokenizer
@@ -80,7 +80,9 @@ def evaluate_recall(
         for batch in track(batches, "recall", progress=progress):
             conversation = Conversation(model)
             conversation.read([ids[index] for index in batch])
-            given = tokenizer.batch_decode(conversation.answer(new_tokens, stop), skip_special_tokens=True)
+            answers = conversation.answer(new_tokens, stop)
+            ended = [[*ids, *end] for ids, end in zip(answers, conversation.ended_by, strict=True)]
+            given = [first_line(text) for text in tokenizer.batch_decode(ended, skip_special_tokens=True)]
             log.append(
                 {
                     names[index]: {

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from holdfast.data.progress import track
 from holdfast.data.turns import Question, TurnScript
-from holdfast.evaluation.conversation import Conversation, line_break_tokens
+from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, draw_shares, effective_count
 from holdfast.evaluation.limits import check_length
@@ -138,8 +138,8 @@ def _held(
         with talk.aside() if script.asides else contextlib.nullcontext():
             talk.read([question.asked for question in asked])
             answers = talk.answer(script.new_tokens, stop)
-        for row, question, ids in zip(answered, asked, answers, strict=True):
-            given = script.describe(ids)
+        for row, question, ids, end in zip(answered, asked, answers, talk.ended_by, strict=True):
+            given = first_line(script.describe([*ids, *end]))
             shown = {name: getattr(question, name) for name in ("turn", "back", "key", "expected")}
             row.append({**shown, "given": given, "right": script.right(question.expected, given)})
     assert talk.cache.seen is not None
