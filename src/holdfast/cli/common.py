@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from holdfast.data.text import TextSource
     from holdfast.training.recipe import Recipe
 
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""Of consoles: names and messages come from users and files, where [b16] and :x: are no markup."""
+
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -47,13 +50,13 @@ class TextOptions:
 
 
 def output_console() -> Console:
-    """Standard output; into a file or a pipe wide enough for every table."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    """Standard output; into a file or a pipe wide enough for every table. Texts and cells are shown as they are."""
+    return Console(width=None if sys.stdout.isatty() else 140, **PLAIN)
 
 
 def error_console() -> Console:
     """Standard error, for remarks that are not the result."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, **PLAIN)
 
 
 def read_recipe(name: str) -> Recipe:

@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     if settings.json is not None:
         write_json(settings.json, {"kernels": [result.to_dict() for result in results], "faults": faults})
     for fault in faults:
-        console.print(fault, soft_wrap=True, markup=False)
+        console.print(fault, soft_wrap=True)
     if faults:
         raise RuntimeError(f"{len(faults)} of {len(jobs)} compilations are not fit to ship.")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track as rich_track
 
 __all__ = ["track"]
@@ -22,11 +23,11 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, pro
         total: how many items; None: their `len`, if they have one.
         progress: False shows nothing.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)  # descriptions hold names of files
     if not progress:
         yield from items
     elif console.is_terminal:
-        yield from rich_track(items, description, total=total, console=console, transient=True)
+        yield from rich_track(items, escape(description), total=total, console=console, transient=True)
     else:
         yield from _with_lines(items, description, total, console)
 

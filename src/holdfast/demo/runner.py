@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from holdfast.data.needle import NeedleTask
 from holdfast.demo.measure import HELD_OUT_SEED, Measurement, measure
@@ -172,7 +173,7 @@ def _show(
     table = Table(box=None, show_header=False)
     for answer in dialogue.answers:
         place = "within" if answer.distance <= task.window else "beyond"
-        mark = "[green]✓[/]" if answer.correct else "[red]✗[/]"
+        mark = Text("✓", "green") if answer.correct else Text("✗", "red")
         table.add_row(
             f"{answer.question}?",
             f"expected {answer.expected}",
