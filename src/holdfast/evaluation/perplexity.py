@@ -28,7 +28,11 @@ TOKENS_AT_ONCE = 1024  # whose logits are held
 
 @dataclasses.dataclass(frozen=True)
 class PositionBin:
-    """Predicted tokens at positions `start` to `stop` − 1 of their document or block; position 0 is its first token."""
+    """Predicted tokens at positions `start` to `stop` − 1 of their block; position 0 is its first token.
+
+    Where blocks isolate, positions count from the start of the document, or from that of the block if the document
+    began in an earlier one: the rest of a long document counts as a document of its own.
+    """
 
     start: int
     stop: int

@@ -25,6 +25,9 @@ from holdfast.cli.evaluate.common import (
 if TYPE_CHECKING:
     from holdfast.evaluation.perplexity import PerplexityResult
 
+TOKENS_AT_ONCE = 16_384
+"""Of blocks that are read side by side, unless --batch-size says how many."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -37,23 +40,28 @@ class Perplexity:
     split: str = "validation"
     """Split of a directory or of a data set; a single file is read whole."""
     column: str = "text"
+    """That holds the text, in files with columns and in data sets on the hub."""
     config: str | None = None
     """Configuration of a data set on the hub."""
     length: int | None = None
     """Tokens per block; default: 512, or what the model was trained on where that is less."""
     isolate: bool = False
-    """By document: each is read by itself, and positions count from its start, as in training with data.isolate."""
+    """By document: each is read by itself, and positions count from its start, as in training with data.isolate. Where
+    a block ends inside a document, the next block reads the rest as a document of its own, from position 0 on: what
+    stood before is unknown there."""
     beyond: bool = False
     """Allow blocks longer than the model was trained on, to measure how it extrapolates: --length 4096 --beyond."""
-    batch_size: int = 8
+    batch_size: int | None = None
+    """Blocks read side by side; default: as many as hold 16,384 tokens, at least 1."""
     max_blocks: int | None = None
     """Read the first blocks only."""
     bins: int = 8
     """Parts of the context that are shown one by one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
     json: Path | None = None
-    """Write all numbers to this file, and those of every block to FILE.samples.jsonl, where a run that was interrupted
-    goes on."""
+    """Write all numbers to this file (NAME.json), and those of every block beside it to NAME.samples.jsonl, where a run
+    that was interrupted goes on."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
@@ -73,7 +81,7 @@ class Perplexity:
         result = evaluate_perplexity(
             read_model(directory, self.dtype),
             blocks,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or max(1, TOKENS_AT_ONCE // length),
             max_blocks=self.max_blocks,
             position_bins=self.bins,
             log=open_log(self.json, "perplexity", directory, determining, "blocks"),
@@ -112,12 +120,19 @@ class TextBlocks:
 
         with usage_errors():
             if is_prepared(self.data):
+                self._refuse_raw()
                 if fingerprint(load_tokenizer(self.data)) != fingerprint(tokenizer):
                     raise UsageError(f"{self.data} was prepared with another tokenizer than that of {directory}.")
                 return open_prepared(self.data, self.length, split=self.split, isolate=self.isolate)
             texts = load_text(self.data, split=self.split, text_column=self.column, config=self.config)
             max_tokens = None if self.max_blocks is None else (self.max_blocks + 1) * self.length
             return PackedText.from_texts(texts, tokenizer, self.length, isolate=self.isolate, max_tokens=max_tokens)
+
+    def _refuse_raw(self) -> None:
+        """Options about raw text must not be given for prepared text: they would be ignored."""
+        for option, given in (("column", self.column != "text"), ("config", self.config is not None)):
+            if given:
+                raise UsageError(f"{self.data} holds prepared text, that is tokens; leave --{option} out.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; of a path the name."""
