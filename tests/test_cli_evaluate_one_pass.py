@@ -18,7 +18,7 @@ from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.cli.evaluate import scorers as scorers_command
 from holdfast.data.needle import NeedleTask
-from holdfast.data.text import PackedText, byte_tokenizer, load_text
+from holdfast.data.text import PackedText, byte_tokenizer, load_text, prepare
 from holdfast.evaluation.perplexity import evaluate_perplexity
 from holdfast.modeling import HybridModel
 from holdfast.settings import to_toml
@@ -135,6 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         ("needle", ["--window", "9"], 0),
         ("scorers", ["--seed", "1"], 14),
         ("scorers", ["--samples", "8"], 14),
+        ("scorers", ["--dtype", "bfloat16"], 14),
         ("scorers", ["--budgets", "5", "7"], 7),
         ("scorers of text", ["--max-blocks", "8"], 14),
         ("scorers of text", ["--data", "other.txt"], 28),
@@ -209,6 +210,47 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(
         assert message in capsys.readouterr().err
 
 
+def test_options_that_would_do_nothing_are_refused_in_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ["scorers", str(models / "tokens"), *BUDGETS]
+    for option, value in (("--length", "24"), ("--split", "train"), ("--max-blocks", "3")):
+        assert f"without --data the samples of the needle task are read; leave {option} out" in refused(
+            capsys, *task, option, value
+        )
+    text = ["--data", str(models / "text.jsonl")]
+    told = refused(capsys, "scorers", str(models / "text"), *text, "--samples", "9")
+    assert "with --data blocks of text are read, and no samples; leave --samples out" in told
+    prepared = tmp_path / "prepared"
+    prepare(load_text(models / "text.jsonl"), prepared, byte_tokenizer(), split="validation")
+    argv = ["perplexity", str(models / "text"), "--data", str(prepared)]
+    for option in ("--column", "--config"):
+        assert f"prepared text, that is tokens; leave {option} out" in refused(capsys, *argv, option, "other")
+    page = str(tmp_path / "page.html")
+    assert main(["inspect", str(models / "text"), "It was", "--seed", "0", "--output", page]) == 2
+    assert "leave --seed out" in capsys.readouterr().err
+
+
+def test_by_default_as_many_blocks_are_read_at_once_as_hold_16384_tokens(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def watched(*args: Any, batch_size: int, **options: Any) -> Any:
+        taken.append(batch_size)
+        return evaluate_perplexity(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr("holdfast.evaluation.perplexity.evaluate_perplexity", watched)
+    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "text.jsonl"), "--max-blocks", "1"]
+    assert main([*argv, "--length", "48"]) == 0
+    assert main([*argv, "--length", "48", "--batch-size", "2"]) == 0
+    assert taken == [16_384 // 48, 2]
+    (models / "long.txt").write_text("It was the best of times. " * 1000)
+    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "long.txt"), "--max-blocks", "1"]
+    assert main([*argv, "--length", "20000", "--beyond"]) == 0
+    assert taken[2:] == [1]
+
+
 def test_beyond_the_length_of_training(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     text = ["--data", str(models / "text.jsonl"), "--max-blocks", "2", "--json", str(out)]
@@ -244,6 +286,15 @@ def test_perplexity_by_document(models: Path, tmp_path: Path) -> None:
     expected = evaluate_perplexity(model, blocks, max_blocks=9, batch_size=4, progress=False)
     assert found["models"]["text"] == expected.to_dict()
     assert expected.tokens < 9 * 47  # documents start inside
+
+
+def test_the_rest_of_a_long_document_counts_as_a_document_of_its_own(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("It was the best of times. " * 8)  # four blocks of 48, one document
+    out = tmp_path / "out.json"
+    argv = ["perplexity", str(models / "text"), "--data", str(tmp_path / "one.txt"), "--length", "48", "--isolate"]
+    assert main(["evaluate", *argv, "--bins", "48", "--json", str(out)]) == 0
+    bins = written(out)["models"]["text"]["bins"]
+    assert [part["tokens"] for part in bins] == [0] + [4] * 47  # each block begins at position 0
 
 
 def test_the_bar_has_a_total(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

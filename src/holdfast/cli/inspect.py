@@ -44,19 +44,22 @@ class Inspect:
     """File with the text to read."""
     needle: bool = False
     """Read a sample of the model's needle task."""
-    seed: int = 0
-    """Of the sample."""
+    seed: int | None = None
+    """Of the sample of --needle; default: 0."""
     max_tokens: int | None = None
     """Longer texts are cut, for the page grows with them; at most 65,536. Default: 4096, or what the model was trained
     on where that is less."""
     output: Path = Path("inspect.html")
     """Page to write; one that is there is replaced."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
 
     def __post_init__(self) -> None:
         given = [self.prompt is not None, self.file is not None, self.needle]
         if sum(given) != 1:
             raise UsageError("Give one thing to read: a PROMPT, --file FILE or --needle.")
+        if self.seed is not None and not self.needle:
+            raise UsageError("--seed draws the sample of --needle, and text is read as it is; leave --seed out.")
         if self.max_tokens is not None and not 1 <= self.max_tokens <= MOST_TOKENS:
             raise UsageError(f"--max-tokens is {self.max_tokens:,}; give 1 to {MOST_TOKENS:,}.")
 
@@ -76,7 +79,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     task = read_task(directory)
-    ids = _first(task.sample(settings.seed, 1)["input_ids"], settings, directory)
+    ids = _first(task.sample(settings.seed or 0, 1)["input_ids"], settings, directory)
     return ids, [f"{word} " for word in task.describe(ids[0].tolist()).split()]
 
 

@@ -196,22 +196,16 @@ def _scorers(chosen: All, directory: Path, label: str) -> Part:
         return Part(title, name, (directory,), "the model has no layer of learned eviction.")
     if reads_text(directory) and chosen.data is None:
         return Part(title, name, (directory,), "no --data was given.")
-    return Part(
-        title,
-        name,
-        (directory,),
-        lambda: Scorers(
-            (str(directory),),
-            samples=max(1, chosen.samples // 2),
-            data=chosen.data if reads_text(directory) else None,
-            split=chosen.split,
-            length=_block_length(directory),
-            max_blocks=max(1, chosen.samples // 8),
-            beyond=chosen.beyond,
-            seed=chosen.seed,
-            **_files(chosen, name),
-        ),
-    )
+
+    def make() -> Scorers:
+        measured: dict[str, Any] = {"samples": max(1, chosen.samples // 2)}
+        if reads_text(directory):
+            blocks = max(1, chosen.samples // 8)
+            length = _block_length(directory)
+            measured = {"data": chosen.data, "split": chosen.split, "length": length, "max_blocks": blocks}
+        return Scorers((str(directory),), **measured, **_common(chosen), **_files(chosen, name))
+
+    return Part(title, name, (directory,), make)
 
 
 def _efficiency(chosen: All, directories: tuple[Path, ...], measured: Container[str]) -> Part:

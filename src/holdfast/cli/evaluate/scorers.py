@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.table import Table
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Measure = tuple[Callable[[Any], float], dict[str, Any]]
 """What gives the value of a model, and plain values that it follows from."""
+FOR_TEXT = ("split", "length", "max_blocks")
+"""Options that only blocks of text follow."""
 Values = dict[str, dict[int, list[float]]]
 """By scorer and budget, a value per model."""
 
@@ -49,23 +51,25 @@ class Scorers:
     """Slots of the store per head."""
     scorers: tuple[str, ...] = ()
     """Scorers to compare; none: all."""
-    samples: int = 256
-    """Samples of the needle task."""
+    samples: int | None = None
+    """Samples of the needle task; default: 256."""
     data: str | None = None
     """Text: a file (parquet, jsonl, json, txt), a directory of them or of prepared text, or a data set on the hub."""
-    split: str = "validation"
-    """Split of the text."""
+    split: str | None = None
+    """Split of the text; a single file is read whole. Default: validation."""
     length: int | None = None
     """Tokens per block of text; default: 512, or what the models were trained on where that is less."""
-    max_blocks: int = 64
-    """Blocks of text to read."""
+    max_blocks: int | None = None
+    """Blocks of text to read; default: the first 64."""
     beyond: bool = False
     """Allow blocks, or samples of the needle task, longer than a model was trained on."""
     seed: int = 0
     """Of the samples, and of the random scorer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
     json: Path | None = None
-    """Write all numbers to this file, and every measurement to FILE.samples.jsonl, where a run that was interrupted
-    goes on."""
+    """Write all numbers to this file (NAME.json), and every measurement beside it to NAME.samples.jsonl, where a run
+    that was interrupted goes on."""
     plot: Path | None = None
     """Draw the comparison into this file (png, svg or pdf)."""
     progress: bool = field(default=True)
@@ -76,6 +80,10 @@ class Scorers:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         require_positive(self, "budgets", "samples", "max_blocks")
         check_picture(self.plot)
+        if self.data is None:
+            _refuse_given(self, "without --data the samples of the needle task are read", *FOR_TEXT)
+        else:
+            _refuse_given(self, "with --data blocks of text are read, and no samples", "samples")
 
     def run(self) -> list[Table]:
         """Compare, and show a table; returns it."""
@@ -94,7 +102,7 @@ class Scorers:
         values: Values = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
         for directory, (measure, determining) in measures.items():
             log = open_log(self.json, f"scorers, {self._what}", directory, determining, "measurements")
-            model = read_model(directory)
+            model = read_model(directory, self.dtype)
             compared = compare_scorers(
                 model, functools.partial(measure, model), scorers=scorers, budgets=budgets, seed=self.seed, log=log
             )
@@ -132,6 +140,15 @@ class Scorers:
     def _what(self) -> str:
         return "accuracy beyond the window" if self.data is None else "perplexity"
 
+    @property
+    def _samples(self) -> int:
+        return 256 if self.samples is None else self.samples
+
+    @property
+    def _computed(self) -> dict[str, str]:
+        """What the numbers follow from besides; empty for float32, which older logs do not name."""
+        return {} if self.dtype == "float32" else {"dtype": self.dtype}
+
     def _accuracies(self, directories: Sequence[Path]) -> dict[Path, Measure]:
         """Of the models' own needle tasks.
 
@@ -144,9 +161,12 @@ class Scorers:
             raise UsageError(f"{error} Or give --data TEXT.") from error
         for directory, task in tasks.items():
             refuse_lengths([directory], task.length, self.beyond)
-        drawn = {"samples": self.samples, "seed": self.seed}
+        drawn = {"samples": self._samples, "seed": self.seed}
         return {
-            directory: (functools.partial(_accuracy, directory, task, **drawn), {"task": asdict(task), **drawn})
+            directory: (
+                functools.partial(_accuracy, directory, task, **drawn),
+                {"task": asdict(task), **drawn, **self._computed},
+            )
             for directory, task in tasks.items()
         }
 
@@ -154,7 +174,8 @@ class Scorers:
         if self.data is None:
             return None
         length = block_length(directories, self.length, self.beyond)
-        return TextBlocks(self.data, self.split, "text", None, length, self.max_blocks)
+        blocks = 64 if self.max_blocks is None else self.max_blocks
+        return TextBlocks(self.data, self.split or "validation", "text", None, length, blocks)
 
     def _perplexities(self, directories: Sequence[Path], text: TextBlocks) -> dict[Path, Measure]:
         """Of text.
@@ -167,8 +188,9 @@ class Scorers:
         measures: dict[Path, Measure] = {}
         for directory, tokenizer in read_text_models(directories, english=False).items():
             packed = text.read(tokenizer, directory)
-            blocks = [packed[index] for index in range(min(len(packed), self.max_blocks))]
-            determining = {"blocks": [block_digest(block) for block in blocks], "seed": self.seed}
+            blocks = [packed[index] for index in range(min(len(packed), text.max_blocks or len(packed)))]
+            digests = [block_digest(block) for block in blocks]
+            determining = {"blocks": digests, "seed": self.seed, **self._computed}
             measures[directory] = (functools.partial(_perplexity, blocks), determining)
         return measures
 
@@ -195,13 +217,21 @@ class Scorers:
             "measure": self._what,
             "models": ["/".join(directory.resolve().parts[-2:]) for directory in directories],
             "trained": trained,
-            "samples": self.samples if text is None else None,
+            "samples": self._samples if text is None else None,
             "text": None if text is None else text.to_dict(),
             "length": None if text is None else text.length,
             "seed": self.seed,
+            "dtype": self.dtype,
             "environment": describe_machine(),
             "values": values,
         }
+
+
+def _refuse_given(command: Scorers, reason: str, *options: str) -> None:
+    """Options that would be ignored must not be given."""
+    for option in options:
+        if getattr(command, option) is not None:
+            raise UsageError(f"{reason}; leave --{option.replace('_', '-')} out.")
 
 
 def _trained_networks(directories: Sequence[Path]) -> str:
