@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast import HybridForCausalLM
-from holdfast.evaluation.scorers import SCORERS, compare_scorers, scoring
+from holdfast.evaluation.scorers import SCORERS, Scorer, compare_scorers, scoring
 from holdfast.mixers import LearnedEviction
 from holdfast.mixers.layout import TokenLayout, plain_layout
 
@@ -166,3 +166,73 @@ def test_what_cannot_be_is_named(model: HybridForCausalLM, small_model: SmallMod
         with scoring(model, scorer, 5), pytest.raises(ValueError, match="without pads"):
             run(model, attention_mask=mask)
     assert model.model.eviction_layers()[0].substitute is None
+
+
+def registered(patch: pytest.MonkeyPatch, score: Callable[[Tensor, Tensor], Any]) -> None:
+    """Enter the scorer "mine", which gives what `score` makes of keys and values."""
+
+    class Mine(Scorer):
+        def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Any:
+            return score(*self.halves(features))
+
+    patch.setitem(SCORERS, "mine", Mine)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (
+            lambda k, v: v.norm(dim=-1).tolist(),
+            r"scorer 'mine' returned list, not a tensor; return fp32 scores \[2, 41, 2",
+        ),
+        (lambda k, v: v.norm(dim=-1).mean(-1), r"returned float32 \[2, 41\]; return fp32 scores \[2, 41, 2\], one for"),
+        (lambda k, v: v.norm(dim=-1).double(), r"scorer 'mine' returned float64 \[2, 41, 2\]"),
+        (lambda k, v: v.norm(dim=-1) / 0, "scorer 'mine' returned scores that are infinite or NaN"),
+        (lambda k, v: v.norm(dim=-1).index_fill(1, torch.tensor([7]), torch.nan), "infinite or NaN"),
+    ],
+)
+def test_what_is_no_score_is_refused_by_the_scorers_name(
+    model: HybridForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    score: Callable[[Tensor, Tensor], Any],
+    message: str,
+) -> None:
+    registered(monkeypatch, score)
+    with scoring(model, "mine", BUDGET), pytest.raises(ValueError, match=message):
+        run(model)
+
+
+def test_a_pad_needs_no_score(model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(monkeypatch, lambda k, v: v.norm(dim=-1).index_fill(1, torch.tensor([0]), torch.nan))
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[:, 0] = 0
+    with scoring(model, "mine", BUDGET):
+        assert run(model, attention_mask=mask)[:, 1:].isfinite().all()
+
+
+def test_a_store_that_no_score_fills_is_told(model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(monkeypatch, lambda k, v: -k.norm(dim=-1))
+    with (
+        scoring(model, "mine", BUDGET),
+        pytest.warns(UserWarning, match="'mine' gave no pair of a layer a score above 0"),
+    ):
+        empty = run(model)
+    with scoring(model, "key_norm", BUDGET):
+        assert (run(model) - empty).abs().max() > 0.01
+
+
+def test_one_score_above_0_is_enough(
+    model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    registered(monkeypatch, lambda k, v: (-v.norm(dim=-1)).index_fill(1, torch.tensor([9]), 1.0))
+    with scoring(model, "mine", BUDGET):
+        run(model)
+    assert [str(warning.message) for warning in recwarn if "score above 0" in str(warning.message)] == []
+
+
+def test_scorers_entered_later_are_compared(model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(monkeypatch, lambda k, v: v.norm(dim=-1))
+    compared = list(compare_scorers(model, lambda: float(run(model).std()), budgets=[BUDGET]))
+    assert [scorer for scorer, _, _ in compared] == list(SCORERS)
+    found = {scorer: value for scorer, _, value in compared}
+    assert found["mine"] == found["value_norm"]

@@ -6,6 +6,8 @@ Each scorer of `SCORERS` gives every pair a score above 0, of which only the ord
 
     with scoring(model, "value_norm", budget=64):
         result = evaluate_needle(model, task)
+
+docs/evaluation.md adds a scorer of one's own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import statistics
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +57,20 @@ class Scorer(ABC):
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
-        """Scores [B, T, Hkv] fp32 from what `LearnedEviction.substitute` is given."""
+        """Score every pair.
+
+        Only scores above 0 compete for slots; a pair with 0 or less is not worth one, and is dropped when it leaves the
+        window even where slots are free. Among those above 0 the order alone counts.
+
+        Args:
+            q: queries after RoPE, [B, T, H, D].
+            k: keys after RoPE, [B, T, Hkv, D].
+            features: keys before RoPE and values, [B, T, Hkv, 2D]; `halves` takes them apart.
+            layout: where the tokens stand, and which are pads.
+
+        Returns:
+            Scores [B, T, Hkv], fp32; finite but at pads.
+        """
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks that the scorer needs while it is in the model."""
@@ -170,7 +186,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "recency": Recency,
     "random": Random,
 }
-"""Scorers by name; a further one is a class and a line here.
+"""Scorers by name; a further one is a class and an entry here, which may be made from elsewhere.
 
 An MLP has to be trained as the CNN has: it is the trained scorer of a model whose `conv_size` is (1, 1, 1).
 """
@@ -201,7 +217,10 @@ def scoring(model: HybridForCausalLM, scorer: str, budget: int) -> Iterator[None
 
     Raises:
         ValueError: the scorer is unknown, the model has no such layer or not what the scorer needs, or the budget is
-            smaller than the number of sinks.
+            smaller than the number of sinks; and by a pass inside, if what the scorer returns are no scores.
+
+    Warns:
+        UserWarning: of a pass inside, if no pair of a layer scores above 0, so that its store holds only sinks.
     """
     if scorer not in SCORERS:
         raise ValueError(f"no scorer is named {scorer!r}; there are {', '.join(SCORERS)}.")
@@ -214,7 +233,7 @@ def scoring(model: HybridForCausalLM, scorer: str, budget: int) -> Iterator[None
     handles: list[RemovableHandle] = []
     try:
         for (layer, _), mine, option in zip(layers, scorers, changed, strict=True):
-            layer.substitute, layer.options = mine, option
+            layer.substitute, layer.options = _checked(scorer, mine), option
             handles += mine.watch()
         yield
     finally:
@@ -222,6 +241,36 @@ def scoring(model: HybridForCausalLM, scorer: str, budget: int) -> Iterator[None
             handle.remove()
         for (layer, _), option in zip(layers, options, strict=True):
             layer.substitute, layer.options = None, option
+
+
+def _checked(name: str, scorer: Scorer) -> Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor]:
+    """The scorer, refused where what it returns are no scores."""
+
+    def score(q: Tensor, k: Tensor, features: Tensor, layout: TokenLayout) -> Tensor:
+        scores = scorer(q, k, features, layout)
+        _check_scores(name, scores, k, layout)
+        return scores
+
+    return score
+
+
+def _check_scores(name: str, scores: Any, k: Tensor, layout: TokenLayout) -> None:
+    expected = f"return fp32 scores {list(k.shape[:3])}, one for every pair"
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"scorer {name!r} returned {type(scores).__name__}, not a tensor; {expected}.")
+    if scores.shape != k.shape[:3] or scores.dtype != torch.float32:
+        kind = str(scores.dtype).removeprefix("torch.")
+        raise ValueError(f"scorer {name!r} returned {kind} {list(scores.shape)}; {expected}.")
+    real = scores if layout.real is None else scores[layout.real]
+    if not torch.isfinite(real).all():
+        raise ValueError(f"scorer {name!r} returned scores that are infinite or NaN, which have no order.")
+    # A scorer with a threshold may rightly find nothing in a layer, so it is told, not refused: nothing else shows it.
+    if real.numel() and not (real > 0).any():
+        warnings.warn(
+            f"scorer {name!r} gave no pair of a layer a score above 0, and only scores above 0 compete for slots: the "
+            "store holds nothing but sinks.",
+            stacklevel=2,
+        )
 
 
 def _layers(model: HybridForCausalLM) -> list[tuple[LearnedEviction, GatedDeltaNet | None]]:
@@ -239,7 +288,7 @@ def compare_scorers(
     model: HybridForCausalLM,
     measure: Callable[[], Result],
     *,
-    scorers: Sequence[str] = tuple(SCORERS),
+    scorers: Sequence[str] | None = None,
     budgets: Sequence[int],
     seed: int = 0,
     log: SampleLog | None = None,
@@ -250,7 +299,7 @@ def compare_scorers(
         model: with at least one layer of learned eviction.
         measure: what to measure; it reads the model without a cache, such as `evaluate_needle` does. With a log it must
             return a plain value.
-        scorers: names in `SCORERS`.
+        scorers: names in `SCORERS`; None: all that are there by now, those of one's own too.
         budgets: slots per head.
         seed: of PyTorch's generator before each measurement, for the random scorer.
         log: where results are kept and, after an interruption, found again; None keeps none. Records are named by
@@ -263,8 +312,9 @@ def compare_scorers(
         ValueError: as `scoring`.
     """
     log = SampleLog(None, {}) if log is None else log
+    names = tuple(SCORERS) if scorers is None else scorers
     for budget in budgets:
-        for scorer in scorers:
+        for scorer in names:
             name = f"{scorer}/{budget}"
             if name not in log.records:
                 torch.manual_seed(seed)
