@@ -9,6 +9,7 @@ import pytest
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.data.text import byte_tokenizer
+from holdfast.evaluation.intervals import Share
 
 RECIPE = """
 [model]
@@ -68,6 +69,20 @@ def test_recall_of_several_models(small_model: Callable[..., HybridForCausalLM],
     assert json.loads(out.read_text()) == found
 
 
+def test_accuracies_have_counts_and_intervals(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) -> None:
+    models = [saved(small_model(seed=seed), tmp_path / f"m{seed}") for seed in (0, 1)]
+    out = tmp_path / "out.json"
+    options = ["--scorers", "recency", "--budgets", "9", "--samples", "8", "--json", str(out)]
+    assert main(["evaluate", "scorers", *models, *options]) == 0
+    found = json.loads(out.read_text())
+    shares = found["shares"]["recency"]["9"]
+    assert [share["accuracy"] for share in shares] == found["values"]["recency"]["9"]
+    for share in shares:
+        assert share["count"] >= 8
+        assert share["interval"] == list(Share.from_dict(share).interval or ())
+        assert share["interval"][0] < share["interval"][1]
+
+
 def test_a_scorer_that_a_model_lacks_is_left_out_or_refused_before_measuring(
     small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -99,6 +114,7 @@ def test_perplexity_of_text(small_model: Callable[..., HybridForCausalLM], tmp_p
     values = json.loads(out.read_text())["values"]
     assert set(values) == {"random", "recency"}
     assert values["random"]["5"] != values["recency"]["5"]
+    assert "shares" not in json.loads(out.read_text())
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
     from holdfast.modeling import HybridForCausalLM
 
-Measure = tuple[Callable[[Any], float], dict[str, Any]]
-"""What gives the value of a model, and plain values that it follows from."""
+Found = float | dict[str, Any]
+"""A perplexity, or of an accuracy the counts with which a `Share` is made."""
+Measure = tuple[Callable[[Any], Found], dict[str, Any]]
+"""What measures a model, and plain values that the measurement follows from."""
 FOR_TEXT = ("split", "length", "max_blocks")
 """Options that only blocks of text follow."""
 Values = dict[str, dict[int, list[float]]]
 """By scorer and budget, a value per model."""
+Shares = dict[str, dict[int, list[dict[str, Any]]]]
+"""By scorer and budget, counts, accuracy and interval per model."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Scorers:
         text = self._text(directories)
         measures = self._accuracies(directories) if text is None else self._perplexities(directories, text)
         values: Values = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
+        shares: Shares = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
         for directory, (measure, determining) in measures.items():
             log = open_log(self.json, f"scorers, {self._what}", directory, determining, "measurements")
             model = read_model(directory, self.dtype)
@@ -107,13 +112,16 @@ class Scorers:
                 model, functools.partial(measure, model), scorers=scorers, budgets=budgets, seed=self.seed, log=log
             )
             total = len(scorers) * len(budgets)
-            for scorer, budget, value in track(compared, str(directory), total=total, progress=self.progress):
-                values[scorer][budget].append(value)
+            for scorer, budget, found in track(compared, str(directory), total=total, progress=self.progress):
+                if isinstance(found, dict):
+                    shares[scorer][budget].append(found)
+                values[scorer][budget].append(found["accuracy"] if isinstance(found, dict) else found)
         trained = _trained_networks(directories)
-        named = {f"{name} ({trained})" if name == "trained" else name: found for name, found in values.items()}
+        named = {f"{name} ({trained})" if name == "trained" else name: row for name, row in values.items()}
         table = self._show(named, len(directories))
         if self.json is not None:
-            write_json(self.json, self._record(directories, values, trained, text))
+            counted = {} if text is not None else {"shares": shares}
+            write_json(self.json, {**self._record(directories, values, trained, text), **counted})
         if self.plot is not None:
             from holdfast.evaluation.scorers import plot_comparison
 
@@ -162,10 +170,11 @@ class Scorers:
         for directory, task in tasks.items():
             refuse_lengths([directory], task.length, self.beyond)
         drawn = {"samples": self._samples, "seed": self.seed}
+        kept = {"kept": "shares"}  # earlier versions kept bare accuracies, which have no interval
         return {
             directory: (
                 functools.partial(_accuracy, directory, task, **drawn),
-                {"task": asdict(task), **drawn, **self._computed},
+                {"task": asdict(task), **drawn, **self._computed, **kept},
             )
             for directory, task in tasks.items()
         }
@@ -265,13 +274,13 @@ def _check_scorer(directory: Path, model: HybridForCausalLM, scorer: str, budget
             raise UsageError(f"{directory}, scorer {scorer}, budget {budget}: {error}") from error
 
 
-def _accuracy(directory: Path, task: NeedleTask, model: Any, *, samples: int, seed: int) -> float:
+def _accuracy(directory: Path, task: NeedleTask, model: Any, *, samples: int, seed: int) -> dict[str, Any]:
     from holdfast.evaluation.needle import evaluate_needle
 
     result = evaluate_needle(model, task, samples=samples, seed=seed, progress=False)
     if result.beyond.accuracy is None:
         raise UsageError(f"{directory}: its task asks nothing beyond its window of {task.window} tokens.")
-    return result.beyond.accuracy
+    return result.beyond.to_dict()
 
 
 def _perplexity(blocks: Sequence[dict[str, Any]], model: Any) -> float:
