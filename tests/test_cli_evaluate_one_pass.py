@@ -354,3 +354,40 @@ def test_the_trained_scorer_bears_its_name(
     assert f"│ {name} " in capsys.readouterr().out
     found = written(tmp_path / "out.json")
     assert (list(found["values"]), f"trained ({found['trained']})") == (["trained", "random"], name)
+
+
+NEEDLES = ("--tasks", "niah_single_1", "niah_multikey_2", "--samples", "2", "--length", "1200", "--beyond")
+
+
+def test_scorers_are_asked_for_needles_in_one_pass(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "needles.json"
+    argv = ["evaluate", "scorers", str(models / "text"), *NEEDLES, "--budgets", "5", "--scorers", "trained", "random"]
+    assert main([*argv, "--json", str(output)]) == 0
+    data = json.loads(output.read_text())
+    assert data["measure"] == "needles found in one pass"
+    assert (data["length"], data["tasks"]) == (1200, ["niah_single_1", "niah_multikey_2"])
+    assert list(data["shares"]) == ["trained", "random"]
+    for found in data["shares"].values():
+        (share,) = found["5"]
+        assert (share["count"], share["correct"]) == (4, 0)
+        assert share["interval"][1] > 0.3  # four samples of a model that knows nothing say little
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "niah_single_9"], "There is no task niah_single_9; give some of niah_single_1"),
+        (["--tasks", "niah_multiquery", "--length", "3000", "--beyond"], "hides needles in essays"),
+        (["--tasks", "niah_single_1"], "more than the length of 64; give a greater one"),
+        (["--tasks", "niah_single_1", "--split", "train"], "no text is read; leave --split out"),
+        (["--tasks", "niah_single_1", "--data", "x"], "--tasks and --data are two measures; give one of them."),
+        (["--haystack", "x"], "--haystack is for --tasks"),
+    ],
+)
+def test_needles_that_cannot_be_asked_for_are_refused(
+    models: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "scorers", str(models / "text"), *options)
+    essays = ["--haystack", str(models / "other.txt"), "--tasks", "niah_multivalue", "--length", "3000", "--beyond"]
+    told = refused(capsys, "scorers", str(models / "text"), *essays, "--samples", "1")
+    assert "asks for 4 values; one pass can ask for one only" in told

@@ -18,15 +18,18 @@ from holdfast.cli.evaluate.common import (
     check_picture,
     model_directories,
     open_log,
+    read_haystack,
     read_text_models,
     refuse_lengths,
     require_positive,
+    usage_errors,
 )
 from holdfast.cli.evaluate.perplexity import TextBlocks, block_length
 from holdfast.files import write_json
 
 if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
+    from holdfast.data.ruler import RulerSample
     from holdfast.modeling import HybridForCausalLM
 
 Found = float | dict[str, Any]
@@ -35,6 +38,8 @@ Measure = tuple[Callable[[Any], Found], dict[str, Any]]
 """What measures a model, and plain values that the measurement follows from."""
 FOR_TEXT = ("split", "length", "max_blocks")
 """Options that only blocks of text follow."""
+NEW_TOKENS = 48
+"""Of a sample of RULER's tasks, left free for the answer: a UUID, byte by byte, takes 37."""
 Values = dict[str, dict[int, list[float]]]
 """By scorer and budget, a value per model."""
 Shares = dict[str, dict[int, list[dict[str, Any]]]]
@@ -45,8 +50,9 @@ Shares = dict[str, dict[int, list[dict[str, Any]]]]
 class Scorers:
     """Who decides what the store keeps: the trained scorer and others at the same budgets, without further training.
 
-    Recall beyond the window on the task of the models' recipe.toml; with --data, perplexity of text. Several models
-    (seeds of one recipe) are averaged.
+    Recall beyond the window on the task of the models' recipe.toml; with --data, perplexity of text; with --tasks,
+    RULER's needles, of which one counts as found if the model would go on by exactly the value asked for. Several
+    models (seeds of one recipe) are averaged.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
@@ -56,13 +62,18 @@ class Scorers:
     scorers: tuple[str, ...] = ()
     """Scorers to compare; none: all."""
     samples: int | None = None
-    """Samples of the needle task; default: 256."""
+    """Samples of the needle task (default: 256), or of each of --tasks (default: 64)."""
+    tasks: tuple[str, ...] = ()
+    """RULER's tasks with one answer, for models that read text: niah_single_1, -2, -3, niah_multikey_1, -2, -3."""
+    haystack: tuple[str, ...] = ()
+    """Essays for those of --tasks that hide needles in some: text files or directories of them."""
     data: str | None = None
     """Text: a file (parquet, jsonl, json, txt), a directory of them or of prepared text, or a data set on the hub."""
     split: str | None = None
     """Split of the text; a single file is read whole. Default: validation."""
     length: int | None = None
-    """Tokens per block of text; default: 512, or what the models were trained on where that is less."""
+    """Tokens per block of text, or per sample of --tasks; default: 512, or what the models were trained on where that
+    is less."""
     max_blocks: int | None = None
     """Blocks of text to read; default: the first 64."""
     beyond: bool = False
@@ -84,10 +95,16 @@ class Scorers:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         require_positive(self, "budgets", "samples", "max_blocks")
         check_picture(self.plot)
-        if self.data is None:
+        if self.tasks and self.data is not None:
+            raise UsageError("--tasks and --data are two measures; give one of them.")
+        if self.tasks:
+            _refuse_given(self, "with --tasks needles are asked for, and no text is read", "split", "max_blocks")
+        elif self.data is None:
             _refuse_given(self, "without --data the samples of the needle task are read", *FOR_TEXT)
         else:
             _refuse_given(self, "with --data blocks of text are read, and no samples", "samples")
+        if self.haystack and not self.tasks:
+            raise UsageError("--haystack is for --tasks; name some, or leave it out.")
 
     def run(self) -> list[Table]:
         """Compare, and show a table; returns it."""
@@ -102,7 +119,10 @@ class Scorers:
         # What does not fit is refused before the first is measured.
         scorers = self._fitting(scorers, budgets, directories)
         text = self._text(directories)
-        measures = self._accuracies(directories) if text is None else self._perplexities(directories, text)
+        if text is not None:
+            measures = self._perplexities(directories, text)
+        else:
+            measures = self._needles(directories) if self.tasks else self._accuracies(directories)
         values: Values = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
         shares: Shares = {scorer: {budget: [] for budget in budgets} for scorer in scorers}
         for directory, (measure, determining) in measures.items():
@@ -146,11 +166,13 @@ class Scorers:
 
     @property
     def _what(self) -> str:
+        if self.tasks:
+            return "needles found in one pass"
         return "accuracy beyond the window" if self.data is None else "perplexity"
 
     @property
     def _samples(self) -> int:
-        return 256 if self.samples is None else self.samples
+        return (64 if self.tasks else 256) if self.samples is None else self.samples
 
     @property
     def _computed(self) -> dict[str, str]:
@@ -178,6 +200,36 @@ class Scorers:
             )
             for directory, task in tasks.items()
         }
+
+    def _needles(self, directories: Sequence[Path]) -> dict[Path, Measure]:
+        """Of RULER's tasks, at depths from one end of the haystack to the other.
+
+        Raises:
+            UsageError: if a task is unknown or asks for several values, or a model or a length does not fit.
+        """
+        from holdfast.data.ruler import RULER_TASKS, RulerSampler
+        from holdfast.evaluation.forced import answer_tokens
+
+        if unknown := [task for task in self.tasks if task not in RULER_TASKS]:
+            raise UsageError(f"There is no task {unknown[0]}; give some of {', '.join(RULER_TASKS)}.")
+        length, essays = block_length(directories, self.length, self.beyond), read_haystack(self.haystack)
+        depths = [100 * (index + 0.5) / self._samples for index in range(self._samples)]
+        given = {"length": length, "essays": None if essays is None else essays.sha256, "seed": self.seed}
+        measures: dict[Path, Measure] = {}
+        for directory, tokenizer in read_text_models(directories).items():
+            samples = []
+            for task in dict.fromkeys(self.tasks):
+                with usage_errors():
+                    sampler = RulerSampler(
+                        RULER_TASKS[task], tokenizer, length, essays=essays, new_tokens=NEW_TOKENS, seed=self.seed
+                    )
+                    samples += [sampler.sample(depth, index) for index, depth in enumerate(depths)]
+            with usage_errors():
+                for sample in samples:
+                    answer_tokens(tokenizer, sample)
+            determining = {"tasks": list(self.tasks), "samples": self._samples, **given, **self._computed}
+            measures[directory] = (functools.partial(_found, tokenizer, samples), determining)
+        return measures
 
     def _text(self, directories: Sequence[Path]) -> TextBlocks | None:
         if self.data is None:
@@ -226,9 +278,10 @@ class Scorers:
             "measure": self._what,
             "models": ["/".join(directory.resolve().parts[-2:]) for directory in directories],
             "trained": trained,
+            "tasks": list(self.tasks),
             "samples": self._samples if text is None else None,
             "text": None if text is None else text.to_dict(),
-            "length": None if text is None else text.length,
+            "length": block_length(directories, self.length, True) if self.tasks or text is not None else None,
             "seed": self.seed,
             "dtype": self.dtype,
             "environment": describe_machine(),
@@ -281,6 +334,12 @@ def _accuracy(directory: Path, task: NeedleTask, model: Any, *, samples: int, se
     if result.beyond.accuracy is None:
         raise UsageError(f"{directory}: its task asks nothing beyond its window of {task.window} tokens.")
     return result.beyond.to_dict()
+
+
+def _found(tokenizer: Any, samples: Sequence[RulerSample], model: Any) -> dict[str, Any]:
+    from holdfast.evaluation.forced import ask_in_one_pass
+
+    return ask_in_one_pass(model, tokenizer, samples).to_dict()
 
 
 def _perplexity(blocks: Sequence[dict[str, Any]], model: Any) -> float:
