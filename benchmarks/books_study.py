@@ -114,7 +114,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--what", default="laptop recipes on books", help="how they were trained, for the record")
     parser.add_argument("--name", help="of one run; left out: of its directory. RECIPE, SETTING or RECIPE, seed N")
     parser.add_argument("--add", action="store_true", help="to the models that are in the results already")
-    parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD")
+    parser.add_argument("--samples", type=int, default=200, help="questions of SQuAD, drawn at random")
     chosen = parser.parse_args(given)
     if chosen.name is not None and (len(chosen.runs) > 1 or chosen.name.partition(", ")[0] not in KNOWN):
         parser.error(f"--name is for one run, and RECIPE or 'RECIPE, SETTING' with a recipe of {', '.join(KNOWN)}")

@@ -123,6 +123,25 @@ def test_answers_of_another_commit_are_not_gone_on_from(
         assert json.loads((tmp_path / "found.json").read_text())["machine"]["commit"] == commit
 
 
+def test_recall_draws_by_the_seed(models: Path, squad: Path, tmp_path: Path) -> None:
+    argv = ["evaluate", *commands(models, squad)["recall"], "--limit", "3"]
+
+    def run(seed: int, name: str) -> dict[str, Any]:
+        assert main([*argv, "--seed", str(seed), "--json", str(tmp_path / f"{name}.json")]) == 0
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    def answers(name: str) -> set[str]:
+        lines = (tmp_path / f"{name}.samples.jsonl").read_text().splitlines()
+        return {answer for line in lines for answer in json.loads(line)["answers"]}
+
+    first, second, alone = run(0, "both"), run(1, "both"), run(1, "alone")
+    assert (first["settings"]["seed"], second["settings"]["seed"]) == (0, 1)
+    assert without_resumed(second) == without_resumed(alone)  # the log of the first says nothing of the second
+    assert len(answers("alone")) == 3
+    assert len(answers("both")) > 3
+    assert first["models"]["text"]["squad"]["contains"]["effective"] < 3  # questions of one passage
+
+
 def without_resumed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_resumed(entry) for name, entry in value.items() if name != "resumed"}

@@ -20,6 +20,7 @@ from holdfast.cli.evaluate.parts import Part
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.suite import _Measuring
 from holdfast.data.needle import NeedleTask
+from holdfast.data.recall import load_recall
 from holdfast.data.text import byte_tokenizer
 from holdfast.settings import to_toml
 from holdfast.training.recipe import NeedleData, load_recipe
@@ -288,6 +289,19 @@ def test_conversations_have_as_many_turns_as_fit(
     page = (models / "out" / "index.html").read_text(encoding="utf-8")
     assert plan in page
     assert f"turn_length {(length - 1) // 2}" in page
+
+
+def test_recall_asks_questions_that_the_seed_draws(models: Path) -> None:
+    asked = [{"question": f"{n}?", "answers": [{"text": f"{n}"}]} for n in range(40)]
+    squad = models / "squad.json"
+    squad.write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "C", "qas": asked}]}]}))
+    options = ["--parts", "recall", "--squad", str(squad), "--samples", "2", "--seed", "3"]
+    assert main(["evaluate", "all", str(models / "text"), *options, "--output", str(models / "out")]) == 0
+    found = json.loads((models / "out" / "recall.json").read_text())
+    assert (found["settings"]["seed"], found["settings"]["limit"]) == (3, 2)
+    records = map(json.loads, (models / "out" / "recall.samples.jsonl").read_text().splitlines())
+    drawn = load_recall("squad", squad, limit=2, seed=3)
+    assert {record["answers"][0] for record in records} == {sample.answers[0] for sample in drawn} != {"0", "1"}
 
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

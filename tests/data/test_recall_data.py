@@ -53,12 +53,33 @@ def test_published_squad(tmp_path: Path) -> None:
     )
     samples = load_recall("squad", path)
     assert samples == [
-        RecallSample(f"{first}\n\nAnswer:", ("on the shore", "the shore")),
+        RecallSample(f"{first}\n\nAnswer:", ("on the shore", "the shore"), passage=0),
         RecallSample(
-            "Title: Sea shells\n\nBackground: Kelp grows fast.\n\nQuestion: What grows?\n\nAnswer:", ("Kelp",)
+            "Title: Sea shells\n\nBackground: Kelp grows fast.\n\nQuestion: What grows?\n\nAnswer:",
+            ("Kelp",),
+            passage=1,
         ),
     ]
-    assert load_recall("squad", str(path), limit=1) == samples[:1]
+    assert load_recall("squad", str(path), limit=2) == samples
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_limit_draws_from_all_samples_and_keeps_their_order(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"many.{ending}"
+    if ending == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": f"The number {n} is", "value": f"{n}"}) for n in range(300)))
+    else:
+        asked = [{"question": f"{n}?", "answers": [{"text": f"{n}"}]} for n in range(300)]
+        paragraphs = [{"context": "C", "qas": asked[start : start + 5]} for start in range(0, 300, 5)]
+        path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": paragraphs}]}))
+    whole = load_recall("squad", path)
+    drawn = [load_recall("squad", path, limit=30, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == load_recall("squad", path, limit=30)
+    assert drawn[0] != drawn[2]
+    places = [[whole.index(sample) for sample in samples] for samples in drawn]
+    assert all(found == sorted(set(found)) and len(found) == 30 for found in places)
+    assert all(min(found) < 60 and max(found) >= 240 for found in places)
+    assert load_recall("squad", path, limit=1000) == whole
 
 
 def test_a_blank_answer_is_none(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recall: what counts as an answer, and how long a continuation is."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,23 @@ def test_what_stands_before_the_line_break_in_its_token_counts(tmp_path: Path) -
     log = SampleLog(tmp_path / "log", {})
     assert evaluate(MergingListener(), log=log).contains.correct == 6
     assert sorted(record["given"] for record in log.records.values()) == [f" Blue-{number}" for number in range(9)]
+
+
+def test_questions_of_one_passage_are_taken_together() -> None:
+    """All of a passage are right, or all wrong."""
+    together = [dataclasses.replace(sample, passage=int(number % 3 == 0)) for number, sample in enumerate(SAMPLES)]
+    alone, grouped = evaluate(Listener()).contains, evaluate(Listener(), together).contains
+    assert (alone.effective, alone.correct) == (9, grouped.correct)
+    assert grouped.effective < 3
+    assert grouped.interval[0] < alone.interval[0] < alone.interval[1] < grouped.interval[1]
+
+
+def test_a_log_does_not_mix_samples_that_were_drawn_otherwise(tmp_path: Path) -> None:
+    first, second = SAMPLES[0:9:2], SAMPLES[1:9:2]
+    evaluate(Listener(), first, log=SampleLog(tmp_path / "log", {}))
+    found = evaluate(Listener(), second, log=SampleLog(tmp_path / "log", {}))
+    assert found == evaluate(Listener(), second)
+    assert found.resumed == 0
 
 
 def test_letter_case_is_no_matter_and_nothing_is_a_pattern() -> None:

@@ -8,7 +8,9 @@ around it: a trailing blank makes tokens that the model has never seen before a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,21 @@ QUESTION = "Title: {title}\n\nBackground: {context}\n\nQuestion: {question}\n\nA
 
 @dataclasses.dataclass(frozen=True)
 class RecallSample:
-    """A prompt, and the answers of which one should stand in what follows."""
+    """A prompt, and the answers of which one should stand in what follows.
+
+    Attributes:
+        passage: a number that the questions of one passage have in common; None where it is not known, as in rows of
+            columns.
+    """
 
     prompt: str
     answers: tuple[str, ...]
+    passage: int | None = None
 
 
-def load_recall(task: str, source: str | Path | None = None, *, limit: int | None = None) -> list[RecallSample]:
+def load_recall(
+    task: str, source: str | Path | None = None, *, limit: int | None = None, seed: int = 0
+) -> list[RecallSample]:
     """The samples of a task, in order.
 
     Args:
@@ -44,7 +54,8 @@ def load_recall(task: str, source: str | Path | None = None, *, limit: int | Non
             version 1 or 2, whose unanswerable questions are left out and whose prompts are title, paragraph and
             question (the hub's squad has sentences to complete instead); or the name of another data set on the hub.
             None: the task's own on the hub.
-        limit: read the first samples only.
+        limit: so many samples at the most, drawn at random: the first ones of SQuAD are all of one article.
+        seed: of what is drawn.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -56,14 +67,12 @@ def load_recall(task: str, source: str | Path | None = None, *, limit: int | Non
         raise ValueError(f"limit is {limit}; give at least 1.")
     source = str(RECALL_TASKS[task] if source is None else source)
     published = _published_squad(Path(source).expanduser()) if task == "squad" else None
-    samples = []
-    for sample in _rows(source) if published is None else published:
-        samples.append(sample)
-        if len(samples) == limit:
-            break
+    samples = list(_rows(source) if published is None else published)
     if not samples:
         raise ValueError(f"{source} holds no sample with an answer; give a file of the task {task}.")
-    return samples
+    if limit is None or limit >= len(samples):
+        return samples
+    return [samples[place] for place in sorted(random.Random(seed).sample(range(len(samples)), limit))]
 
 
 def _rows(source: str) -> Iterator[RecallSample]:
@@ -89,15 +98,19 @@ def _published_squad(path: Path) -> Iterator[RecallSample] | None:
 
 
 def _questions(articles: Iterable[Mapping[str, Any]], path: Path) -> Iterator[RecallSample]:
+    passages = itertools.count()
     try:
         for article in articles:
             title = article["title"].replace("_", " ")
             for paragraph in article["paragraphs"]:
+                passage = next(passages)
                 for question in paragraph["qas"]:
                     answers = tuple(dict.fromkeys(answer["text"].strip() for answer in question["answers"]))
                     answers = tuple(filter(None, answers))  # every text contains an empty one
                     if answers:
                         parts = {"title": title, "context": paragraph["context"], "question": question["question"]}
-                        yield RecallSample(QUESTION.format(**{k: v.strip() for k, v in parts.items()}), answers)
+                        yield RecallSample(
+                            QUESTION.format(**{k: v.strip() for k, v in parts.items()}), answers, passage
+                        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not as SQuAD publishes its questions ({error}); give such a file.") from error

@@ -11,7 +11,7 @@ from holdfast.data.progress import track
 from holdfast.data.recall import RecallSample
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
-from holdfast.evaluation.intervals import Share
+from holdfast.evaluation.intervals import Share, effective_count
 from holdfast.evaluation.limits import check_length, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 
@@ -23,7 +23,8 @@ class RecallResult:
     """Result of `evaluate_recall`.
 
     Attributes:
-        contains: samples whose continuation, up to its first line break, contains an answer.
+        contains: samples whose continuation, up to its first line break, contains an answer. Its interval takes the
+            questions of one passage together, where the samples say which these are.
         tokens: mean length of the prompts.
         longest: longest prompt in tokens.
         resumed: answers that came from the log.
@@ -94,14 +95,19 @@ def evaluate_recall(
                     for index, text in zip(batch, given, strict=True)
                 }
             )
-    right = sum(log.records[name]["contains"] for name in names)
-    resumed = len(names) - len(waiting)
-    return RecallResult(Share(len(names), right), sum(lengths) / len(lengths), max(lengths), resumed)
+    share = _share(samples, [log.records[name]["contains"] for name in names])
+    return RecallResult(share, sum(lengths) / len(lengths), max(lengths), len(names) - len(waiting))
 
 
 def contains_an_answer(given: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in `given`, letter case aside."""
     return any(answer.lower() in given.lower() for answer in answers)
+
+
+def _share(samples: Sequence[RecallSample], right: Sequence[bool]) -> Share:
+    """A sample without a passage is one by itself."""
+    passages = [-1 - index if sample.passage is None else sample.passage for index, sample in enumerate(samples)]
+    return Share(len(right), sum(right), effective=effective_count(passages, right))
 
 
 def _name(index: int, sample: RecallSample) -> str:

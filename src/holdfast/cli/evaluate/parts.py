@@ -180,8 +180,7 @@ def _recall(chosen: All, text: tuple[Path, ...]) -> Part:
             tasks=("squad",),
             data=chosen.squad,
             limit=chosen.samples,
-            beyond=chosen.beyond,
-            dtype=chosen.dtype,
+            **_common(chosen),
             json=chosen.output / "recall.json",
         )
 

@@ -40,7 +40,9 @@ class Recall:
     """For one task, a file instead of its data set on the hub: parquet, jsonl or json with columns text and value, for
     squad also SQuAD's published JSON; or the name of another data set."""
     limit: int | None = None
-    """Ask the first samples of a task only."""
+    """Ask so many samples of a task at the most, drawn at random."""
+    seed: int = 0
+    """Of what is drawn with --limit."""
     new_tokens: int = 48
     """Tokens of a continuation at the most; it also ends at a line break."""
     batch_size: int = 8
@@ -64,7 +66,7 @@ class Recall:
             raise UsageError("--data holds one task; say which with --tasks.")
         with usage_errors():
             samples: dict[str, list[RecallSample]] = {
-                task: load_recall(task, self.data, limit=self.limit) for task in self.tasks
+                task: load_recall(task, self.data, limit=self.limit, seed=self.seed) for task in self.tasks
             }
         tokenizers = read_text_models(directories)
         for directory, tokenizer in tokenizers.items():
@@ -102,7 +104,7 @@ class Recall:
             "limit": self.limit,
             "new_tokens": self.new_tokens,
             "dtype": self.dtype,
-            "seed": None,  # nothing is drawn
+            "seed": self.seed,
         }
         models = {name: {task: r.to_dict() for task, r in tasks.items()} for name, tasks in results.items()}
         write_results(path, "recall", settings, models)
