@@ -185,6 +185,27 @@ def test_text_turns_and_essays(models: Path, tmp_path: Path) -> None:
     assert all(cell["prompt_tokens"] <= 1200 - 8 for cell in cells)
 
 
+@pytest.mark.parametrize(("told", "found"), [(512, None), (1000, (2, 2, 1)), (3000, (4, 4, 2))])
+def test_by_default_conversations_have_as_many_turns_as_fit(
+    small_model: Callable[..., HybridForCausalLM],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    told: int,
+    found: tuple[int, int, int] | None,
+) -> None:
+    folder, file = tmp_path / "m", tmp_path / "r.json"
+    small_model(vocab_size=259, max_position_embeddings=told).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    argv = ["turns", str(folder), "--conversations", "1", "--json", str(file)]
+    if found is None:
+        assert "not even two turns with a fact each fit into the 512 tokens" in refused(capsys, *argv)
+        return
+    assert main(["evaluate", *argv]) == 0
+    script = json.loads(file.read_text())["models"]["m"]["script"]
+    assert (script["turns"], script["facts"], script["questions"]) == found
+    assert script["turn_length"] == (told - 1) // found[0]
+
+
 def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokens").symlink_to(models / "tokens")
     pair = [str(models / "tokens"), str(tmp_path / "tokens")]
@@ -207,7 +228,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "The needle task has one --length": ["needle", tokens, "--length", "64", "128"],
         "2,000 tokens are more than the 1,000 that": ["needle", tokens, "--length", "2000"],
         "1,001 tokens are more than the 1,000 that": ["needle", text, "--length", "600", "1001"],
-        "3,201 tokens are more": ["turns", tokens, "--turn-length", "400"],
+        "3,201 tokens are more": ["turns", tokens, "--turns", "8", "--turn-length", "400"],
         "tokens are more than the 1,000": [*argv["recall"], "--new-tokens", "999"],
         "the tokenizer has 259 tokens": ["needle", foreign, "--length", "600"],
         "the tokenizer has 259 tokens, ": ["turns", foreign],

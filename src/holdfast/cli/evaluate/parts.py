@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 
-from holdfast.cli.common import read_task
-from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import read_text_models, reads_text, shown_names
+from holdfast.cli.evaluate.common import reads_text, shown_names
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle, TextOptions
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.recall import Recall
 from holdfast.cli.evaluate.scorers import Scorers
-from holdfast.cli.evaluate.turns import Turns
+from holdfast.cli.evaluate.turns import Turns, trained_length, turns_that_fit
 
 if TYPE_CHECKING:
     from holdfast.cli.evaluate.suite import All
-    from holdfast.data.turns import TurnPlan
 
 LONGEST_BLOCK = 2048
 """Tokens of a block of text at the most, so that those of models with long contexts are read in minutes too."""
@@ -45,6 +42,11 @@ class Part:
     """Of its files."""
     models: tuple[Path, ...]
     make: Callable[[], Evaluation] | str
+
+    @property
+    def kind(self) -> str:
+        """What `--parts` calls it."""
+        return self.name.partition("-")[0]
 
 
 def plan_parts(chosen: All, directories: Sequence[Path], measured: Container[str]) -> Iterator[Part]:
@@ -81,7 +83,7 @@ def _needles(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]) -> I
         )
     if not text:
         return
-    length = chosen.length or min(map(_trained_length, text))
+    length = chosen.length or min(map(trained_length, text))
     for task, asked in RULER_TASKS.items():
         name = f"needle-{task}"
 
@@ -104,8 +106,8 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
         if group:
 
             def make(group: tuple[Path, ...] = group, name: str = name) -> Turns:
-                told = min(map(_trained_length, group)) - 1
-                plan = _turns_that_fit(chosen.turns, group, told, in_text=group == text)
+                told = min(map(trained_length, group)) - 1
+                plan = turns_that_fit(chosen.turns, group, told)
                 return Turns(
                     _names(group),
                     turns=plan.turns,
@@ -119,32 +121,6 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
                 )
 
             yield Part(f"several turns, {kind}", name, group, make)
-
-
-def _turns_that_fit(most: int, directories: Sequence[Path], tokens: int, *, in_text: bool) -> TurnPlan:
-    """As many turns as `tokens` hold for every model, `most` at the most.
-
-    Raises:
-        UsageError: if not even two turns of one fact fit.
-    """
-    from holdfast.data.turns import NeedleTurns, TextTurns, fitting_plan
-
-    if in_text:
-        tokenizers = read_text_models(directories).values()
-
-        def fits(plan: TurnPlan) -> bool:
-            shortest = max(TextTurns.shortest_turn(plan, tokenizer) for tokenizer in tokenizers)
-            return plan.turns * shortest <= tokens
-    else:
-        keys = min(read_task(directory).num_keys for directory in directories)
-
-        def fits(plan: TurnPlan) -> bool:
-            return plan.turns * NeedleTurns.shortest_turn(plan) <= tokens and plan.turns * plan.facts <= keys
-
-    plan = fitting_plan(fits, most)
-    if plan is None:
-        raise UsageError(f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models.")
-    return plan
 
 
 def _perplexity(chosen: All, directory: Path, label: str) -> Part:
@@ -240,13 +216,7 @@ def _accuracy(chosen: All, names: Collection[str], measured: Container[str]) -> 
 
 
 def _block_length(directory: Path) -> int:
-    return min(_trained_length(directory), LONGEST_BLOCK)
-
-
-def _trained_length(directory: Path) -> int:
-    from holdfast.configuration import HybridConfig
-
-    return HybridConfig.from_pretrained(directory).max_position_embeddings
+    return min(trained_length(directory), LONGEST_BLOCK)
 
 
 def _file_name(label: str) -> str:

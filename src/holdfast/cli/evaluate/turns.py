@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from holdfast.data.turns import TurnPlan, TurnScript
     from holdfast.evaluation.turns import TurnsResult
 
+TURNS = 8
+"""Of a conversation, unless fewer fit or others are asked for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
@@ -40,14 +43,16 @@ class Turns:
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Directories of trained models."""
-    turns: int = 8
-    facts: int = 4
-    """Facts that each turn tells."""
-    questions: int = 2
-    """Questions at the end of each turn; no fact is asked for twice."""
+    turns: int | None = None
+    """Turns of a conversation. Default: 8; with --facts and --questions left out too, fewer, with fewer facts if need
+    be, where models were trained on short texts."""
+    facts: int | None = None
+    """Facts that each turn tells; default: 4 (see --turns)."""
+    questions: int | None = None
+    """Questions at the end of each turn; no fact is asked for twice. Default: 2 (see --turns)."""
     turn_length: int | None = None
     """Tokens per turn at the most; questions, answers and, for text, what introduces the first are among them. Default:
-    the length that the first model was trained on, divided by the turns."""
+    the length that every model was trained on, divided by the turns."""
     haystack: tuple[str, ...] = ()
     """Texts between the facts: files, directories (all their text files), or data sets on the hub (split train);
     default: RULER's noise."""
@@ -55,14 +60,18 @@ class Turns:
     """Ask every question aside: the cache then returns to what it was before, without reading again. So models of the
     needle task need not read facts after a question, which they never did in training."""
     conversations: int = 64
+    """Conversations to hold with each model."""
     batch_size: int = 16
+    """Conversations held side by side."""
     beyond: bool = False
     """Allow conversations beyond the length that a model was trained on."""
     seed: int = 0
+    """Of what is told and asked."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
     json: Path | None = None
-    """Write all numbers to this file, and every answer to FILE.samples.jsonl, where a run that was interrupted goes
-    on."""
+    """Write all numbers to this file (NAME.json), and every answer beside it to NAME.samples.jsonl, where a run that
+    was interrupted goes on."""
     plot: Path | None = None
     """Draw accuracy by turns back into this file (png, svg or pdf)."""
 
@@ -72,13 +81,12 @@ class Turns:
 
     def run(self) -> list[Table]:
         """Evaluate, and show a table; returns it."""
-        from holdfast.data.turns import TurnPlan
         from holdfast.evaluation.turns import evaluate_turns, plot_turns
 
         directories = model_directories(self.models, "turns")
-        with usage_errors():
-            plan = TurnPlan(turns=self.turns, facts=self.facts, questions=self.questions)
-        turn_length = self.turn_length or self._default_length(directories[0])
+        told = min(map(trained_length, directories)) - 1
+        plan = self._plan(directories, told)
+        turn_length = self.turn_length or told // plan.turns
         scripts = self._scripts(directories, plan, turn_length)
         for directory, script in scripts.items():
             refuse_lengths([directory], script.length, self.beyond)
@@ -107,6 +115,15 @@ class Turns:
             plot_turns(results, self.plot)
         return [table]
 
+    def _plan(self, directories: list[Path], told: int) -> TurnPlan:
+        """What was asked for; where that was nothing, as much as fits."""
+        from holdfast.data.turns import TurnPlan
+
+        if self.turns is self.facts is self.questions is None:
+            return turns_that_fit(TURNS, directories, told, self.turn_length, beyond=self.beyond)
+        with usage_errors():
+            return TurnPlan(turns=self.turns or TURNS, facts=self.facts or 4, questions=self.questions or 2)
+
     def _scripts(self, directories: list[Path], plan: TurnPlan, turn_length: int) -> dict[Path, TurnScript]:
         from holdfast.data.turns import NeedleTurns, TextTurns
 
@@ -125,10 +142,50 @@ class Turns:
                 )
         return scripts
 
-    def _default_length(self, directory: Path) -> int:
-        from holdfast.configuration import HybridConfig
 
-        return (HybridConfig.from_pretrained(directory).max_position_embeddings - 1) // self.turns
+def turns_that_fit(
+    most: int, directories: Sequence[Path], tokens: int, turn_length: int | None = None, *, beyond: bool = False
+) -> TurnPlan:
+    """As many turns as every model can read, `most` at the most.
+
+    Args:
+        most: turns.
+        directories: of the models.
+        tokens: that a conversation may have.
+        turn_length: tokens of a turn; None: `tokens` divided by the turns.
+        beyond: with `turn_length`, allow more than `tokens`.
+
+    Raises:
+        UsageError: if not even two turns of one fact fit, or a model cannot read its tokens.
+    """
+    from holdfast.data.turns import NeedleTurns, TextTurns, fitting_plan
+
+    tokenizers = read_text_models(directory for directory in directories if reads_text(directory)).values()
+    keys = [read_task(directory).num_keys for directory in directories if not reads_text(directory)]
+
+    def fits(plan: TurnPlan) -> bool:
+        shortest = [TextTurns.shortest_turn(plan, tokenizer) for tokenizer in tokenizers]
+        shortest += [NeedleTurns.shortest_turn(plan)] * bool(keys)
+        if any(plan.turns * plan.facts > number for number in keys):
+            return False
+        if turn_length is None:
+            return plan.turns * max(shortest) <= tokens
+        return max(shortest) <= turn_length and (beyond or plan.turns * turn_length <= tokens)
+
+    plan = fitting_plan(fits, most)
+    if plan is None:
+        where = "" if turn_length is None else f" in turns of {turn_length:,}"
+        raise UsageError(
+            f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models{where}."
+        )
+    return plan
+
+
+def trained_length(directory: Path) -> int:
+    """Tokens that the model in `directory` was trained on at a time."""
+    from holdfast.configuration import HybridConfig
+
+    return HybridConfig.from_pretrained(directory).max_position_embeddings
 
 
 def _show(results: Mapping[str, TurnsResult]) -> Table:
