@@ -24,6 +24,7 @@ from holdfast.data.recall import load_recall
 from holdfast.data.text import byte_tokenizer
 from holdfast.settings import to_toml
 from holdfast.training.recipe import NeedleData, load_recipe
+from refusals import refused
 
 QUICK = ("--contexts", "24", "40", "--steps", "20", "--repeats", "1", "--no-memory")
 EVIL = "<b>tokens&"
@@ -144,11 +145,11 @@ def test_accuracies_of_other_models_are_refused_before_anything_is_measured(
     assert f"has accuracies of {EVIL}, not of lalte" in capsys.readouterr().err
 
 
-def run_all(models: Path, *options: str) -> str:
+def run_all(models: Path, *options: str, status: int = 0) -> str:
     """The page, without what its pictures hold."""
     names = [str(models / name) for name in ("lalte", EVIL, "text")]
     argv = ["evaluate", "all", *names, "--samples", "16", "--contexts", "24", "--output", str(models / "out"), *options]
-    assert main(argv) == 0
+    assert main(argv) == status
     page = (models / "out" / "index.html").read_text(encoding="utf-8")
     return re.sub(r'src="data:image/png;base64,iVBOR[^"]*"', 'src="picture"', page)
 
@@ -238,7 +239,7 @@ def test_accuracies_and_pictures_of_other_models_are_not_taken(models: Path, mon
     "error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("too\nmuch"), KeyError("x")]
 )
 def test_a_part_that_fails_is_told_and_the_others_go_on(
-    models: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     quick(monkeypatch)
 
@@ -247,8 +248,9 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
 
     monkeypatch.setattr(Needle, "run", fail)
     calls = counted(monkeypatch, Efficiency)
-    page = run_all(models, "--parts", "needle", "efficiency")
+    page = run_all(models, "--parts", "needle", "efficiency", status=1)
     assert calls == ["Efficiency"]
+    assert "holdfast: 4 of 10 evaluations failed: needle task; RULER, niah_single_1; " in capsys.readouterr().err
     told = {
         "OSError": "[Errno 5] Input/output error",
         "OutOfMemoryError": "too much",
@@ -276,6 +278,42 @@ def test_costs_that_are_all_missing_are_a_table(models: Path, monkeypatch: pytes
     page = run_all(models, "--parts", "efficiency", "--limit", "1e-9")
     assert "more than the 1e-09 s allowed" in page
     assert "operations at 24" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "recall"], "nothing was measured of recall; the page says why."),
+        (["--parts", "perplexity", "turns"], "nothing was measured of turns, perplexity; the page says why."),
+        (["--parts", "needle", "--length", "200"], "nothing was measured of needle; the page says why."),
+    ],
+)
+def test_a_part_that_was_asked_for_and_not_measured_is_a_failure(
+    models: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    argv = ["evaluate", "all", str(models / "text"), "--samples", "8", "--output", str(models / "out"), *options]
+    assert main(argv) == 1
+    assert message in capsys.readouterr().err
+    assert "not measured: " in (models / "out" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("text", "100,000 tokens are more than the 300 that"), ("lalte", "none of the models reads text; leave it out")],
+)
+def test_a_length_that_no_sample_can_have_is_refused_before_anything_is_measured(
+    models: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    argv = ["all", str(models / name), "--output", str(models / "out"), "--length", "100000"]
+    assert message in refused(capsys, *argv)
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["lalte", "text"])
+def test_the_type_of_numbers_reaches_the_scorers(models: Path, name: str) -> None:
+    options = ["--parts", "scorers", "--samples", "8", "--dtype", "bfloat16", "--data", str(models / "text.txt")]
+    assert main(["evaluate", "all", str(models / name), "--output", str(models / "out"), *options]) == 0
+    assert json.loads((models / "out" / f"scorers-{name}.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(("length", "plan"), [(1024, "turns 2, facts 2"), (1500, "turns 2, facts 4")])

@@ -84,9 +84,10 @@ class Needle:
     seed: int = 0
     """Of the samples; training sees none of them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
     json: Path | None = None
-    """Write all numbers to this file, and every answer to FILE.samples.jsonl, where a run that was interrupted goes
-    on."""
+    """Write all numbers to this file (NAME.json), and every answer beside it to NAME.samples.jsonl, where a run that
+    was interrupted goes on."""
     plot: Path | None = None
     """Draw into this file (png, svg or pdf) a heat map for text, accuracy by distance for the needle task."""
 
@@ -125,14 +126,17 @@ class Needle:
         names = shown_names(directories)
         results = {}
         for directory in directories:
-            results[names[directory]] = evaluate_ruler(
-                read_model(directory, self.dtype),
-                tokenizers[directory],
-                settings,
-                log=open_log(self.json, "needle", directory, self._determining(settings)),
-                batch_size=4 if self.batch_size is None else self.batch_size,
-                beyond=self.beyond,
-            )
+            model = read_model(directory, self.dtype)
+            log = open_log(self.json, "needle", directory, self._determining(settings))
+            with usage_errors():  # a length may be too short for a question
+                results[names[directory]] = evaluate_ruler(
+                    model,
+                    tokenizers[directory],
+                    settings,
+                    log=log,
+                    batch_size=4 if self.batch_size is None else self.batch_size,
+                    beyond=self.beyond,
+                )
         table = _show_text(results)
         if self.json is not None:
             models = {name: result.to_dict() for name, result in results.items()}

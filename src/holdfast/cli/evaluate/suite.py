@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,14 @@ from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console
 from holdfast.cli.errors import UsageError, one_line
-from holdfast.cli.evaluate.common import check_folder, model_directories, require_positive, shown_names
+from holdfast.cli.evaluate.common import (
+    check_folder,
+    model_directories,
+    reads_text,
+    refuse_lengths,
+    require_positive,
+    shown_names,
+)
 from holdfast.cli.evaluate.needle import OwnTaskOptions, TextOptions
 from holdfast.cli.evaluate.parts import Evaluation, Part, plan_parts
 
@@ -35,14 +43,15 @@ class All:
 
     Each evaluation leaves its numbers in the output directory. A run that was interrupted goes on there, and what was
     measured of the same models and texts with the same settings is not measured again. An evaluation that fails is
-    left out too, and the others go on."""
+    left out too, and the others go on; once the page is written the exit status is then 1, and so it is where nothing
+    was measured, or nothing of a part that --parts names."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Directories of trained models."""
     output: Path = Path("evaluation")
     """Directory of the page (index.html), of all numbers and of all pictures."""
-    parts: tuple[PartName, ...] = PARTS
-    """What to evaluate."""
+    parts: tuple[PartName, ...] | None = None
+    """What to evaluate; left out: all that fits the models."""
     data: str | None = None
     """Text for perplexity, and for the scorers of models that read text: a file, a directory, or a hub data set. Blocks
     have the length that a model was trained on, at most 2,048 tokens."""
@@ -69,7 +78,9 @@ class All:
     beyond: bool = False
     """Allow lengths beyond the one that a model was trained on."""
     seed: int = 0
+    """Of all samples and conversations, of the random scorer, and of the tokens that speed is measured with."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, and of what is computed with them."""
 
     def __post_init__(self) -> None:
         require_positive(self, "length", "samples", "turns", "contexts", "batch_sizes")
@@ -85,10 +96,11 @@ class All:
             if source is not None and is_missing(source):
                 raise UsageError(f"--{option} is {source}, which does not exist.")
         directories = model_directories(self.models, "all")
+        self._refuse_length(directories)
         check_folder(self.output, "--output")
         measuring = _Measuring(self.output)
         planned = plan_parts(self, directories, measuring.measured)
-        chosen = [part for part in planned if part.name.partition("-")[0] in self.parts]
+        chosen = [part for part in planned if part.kind in (self.parts or PARTS)]
         if not chosen:
             raise UsageError(f"None of --parts fits these models; there are {', '.join(PARTS)}.")
         results = []
@@ -105,7 +117,32 @@ class All:
             table.add_row(result.title, seconds if result.skipped is None else f"not measured: {result.skipped}")
         output_console().print(table)
         output_console().print(f"Open {page} in a browser.", soft_wrap=True)
+        self._complain(chosen, results, measuring.failed)
         return [table]
+
+    def _refuse_length(self, directories: Sequence[Path]) -> None:
+        """Refuse at once a length that no sample of RULER could have.
+
+        Raises:
+            UsageError: if no model reads text, or one was not told of so many tokens.
+        """
+        if self.length is None or "needle" not in (self.parts or PARTS):
+            return
+        text = [directory for directory in directories if reads_text(directory)]
+        if not text:
+            raise UsageError("--length is that of RULER's samples, and none of the models reads text; leave it out.")
+        refuse_lengths(text, self.length, self.beyond)
+
+    def _complain(self, chosen: Sequence[Part], results: Sequence[PartResult], failed: Sequence[str]) -> None:
+        """Raise RuntimeError, for the exit status, where something was not measured that was asked for."""
+        measured = {part.kind for part, result in zip(chosen, results, strict=True) if result.skipped is None}
+        named = set(self.parts or ()) | ({"needle"} if self.length is not None else set())
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(chosen)} evaluations failed: {'; '.join(failed)}.")
+        if missing := [name for name in PARTS if name in named & set(self.parts or PARTS) and name not in measured]:
+            raise RuntimeError(f"nothing was measured of {', '.join(missing)}; the page says why.")
+        if not measured:
+            raise RuntimeError("nothing was measured; the page says why.")
 
 
 class _Measuring:
@@ -113,6 +150,7 @@ class _Measuring:
 
     Attributes:
         measured: names of the parts whose files in the directory are what they found, now or before.
+        failed: titles of the parts that began, or should have, and broke off.
     """
 
     def __init__(self, output: Path) -> None:
@@ -121,6 +159,7 @@ class _Measuring:
         self.output = output
         self.machine = describe_machine()
         self.measured: set[str] = set()
+        self.failed: list[str] = []
         self._fingerprints: dict[Path | str, str] = {}
 
     def result(self, part: Part) -> PartResult:
@@ -129,7 +168,10 @@ class _Measuring:
             return _skipped(part, part.make)
         try:
             result = self._kept_or_measured(part, part.make())
+        except UsageError as error:  # does not fit these models
+            return _skipped(part, one_line(error))
         except Exception as error:  # of whatever kind: hours of the other parts must not be lost by it
+            self.failed.append(part.title)
             return _skipped(part, one_line(error))
         self.measured.add(part.name)
         return result
