@@ -21,7 +21,8 @@ __all__ = ["Cost", "Held", "ModelCosts", "held_pairs"]
 
 @dataclass(frozen=True)
 class Held:
-    """Pairs of key and value that a head can attend to: mean, least and most over layers, KV heads and rows.
+    """Pairs of key and value that a head holds: mean, least and most over layers, KV heads and rows. Native sparse
+    attention holds all and reads a part of them for each token.
 
     `stored` is the mean of those in stores of learned eviction, outside the window; None without such a layer.
     """
@@ -93,12 +94,14 @@ class ModelCosts:
     """Everything measured of one model.
 
     Attributes:
+        heads: query heads and key/value heads of each kind of softmax attention among the mixers, by name.
         flops_per_token: operations of one forward token by context.
         missing: why a context and batch size was not measured.
         resumed: how many costs came from the log.
     """
 
     mixers: tuple[str, ...]
+    heads: Mapping[str, tuple[int, int]]
     trained: bool
     parameters: Mapping[str, int]
     weight_bytes: int
@@ -117,6 +120,7 @@ class ModelCosts:
         reasons = [{"context": at[0], "batch": at[1], "reason": reason} for at, reason in self.missing.items()]
         return {
             "mixers": list(self.mixers),
+            "heads": {name: {"query": query, "kv": kv} for name, (query, kv) in self.heads.items()},
             "trained": self.trained,
             "total_parameters": sum(self.parameters.values()),
             "parameters": dict(self.parameters),

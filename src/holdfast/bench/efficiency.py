@@ -27,6 +27,7 @@ from holdfast.configuration import HybridConfig
 from holdfast.data.progress import track
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.info import flops_per_token, parameters_by_part
+from holdfast.mixers.softmax_attention import AttentionOptions
 from holdfast.modeling import HybridForCausalLM
 
 __all__ = ["EfficiencyPlan", "Subject", "measure_efficiency"]
@@ -323,10 +324,21 @@ class _Reading:
         return vars(self) | {"model": None}
 
 
+def _heads(config: HybridConfig) -> dict[str, tuple[int, int]]:
+    """Query heads and key/value heads of each kind of softmax attention."""
+    options = {name: config.options_for(name) for name in dict.fromkeys(config.mixers)}
+    return {
+        name: (found.num_heads, found.kv_heads)
+        for name, found in options.items()
+        if isinstance(found, AttentionOptions)
+    }
+
+
 def _described(subject: Subject, contender: Holdfast, plan: EfficiencyPlan, known: _Known) -> ModelCosts:
     model = contender.model
     return ModelCosts(
         mixers=tuple(model.config.mixers),
+        heads=_heads(model.config),
         trained=isinstance(subject.source, Path),
         parameters=parameters_by_part(model),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),

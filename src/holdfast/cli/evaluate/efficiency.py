@@ -32,10 +32,16 @@ if TYPE_CHECKING:
     from holdfast.evaluation.sample_log import SampleLog
 
 ABSENT = "not measured"
-SPEED = """\
-speed (p50 to p99: latency per token of a row; scorer: its share of the time; *: one reading, longer than --limit)"""
-MEMORY = """\
-memory (peak: beyond the weights, while reading; held: pairs of key and value, mean over heads)"""
+SPEED = "speed (all rows together; *: one reading, longer than --limit)"
+LATENCY = "latency (per token of a row)"
+SCORERS = "retention scorers (share of the time)"
+MEMORY = "memory (peak: beyond the weights, while reading)"
+HELD = "held (pairs of key and value, mean over KV heads)"
+UNTRAINED = (
+    "Untrained models that read random tokens: what laLTE holds is the capacity of its store, not what a trained "
+    "scorer would keep."
+)
+MODELS = "models (heads of softmax attention: of queries, and KV of keys and values)"
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,9 @@ class Efficiency:
     """What models cost side by side, by context: speed of reading and generating, latency, peak memory, bytes of cache,
     pairs held per head, the scorers' share of the time, parameters and operations.
 
-    Without models: every mixture of mixers in this library, untrained, with equally many parameters. Models take turns,
-    so that a machine whose speed drifts is fair to all."""
+    Without models: every mixture of mixers in this library, untrained, with equally many parameters, not with equally
+    many heads (the table of models has both). They read random tokens, so what laLTE holds then is the capacity of its
+    store, and no trained scorer's choice. Models take turns, so that a machine whose speed drifts is fair to all."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
     """Directories of trained models; none: untrained ones of --size."""
@@ -79,8 +86,8 @@ class Efficiency:
     """What `holdfast evaluate needle --json` or `holdfast demo` (results.json) wrote about the same models, for
     --pareto."""
     json: Path | None = None
-    """Write all numbers to this file, and each as soon as it is measured to FILE.samples.jsonl, where a run that was
-    interrupted goes on."""
+    """Write all numbers to this file (NAME.json), and each as soon as it is measured beside it to NAME.samples.jsonl,
+    where a run that was interrupted goes on."""
     plot: Path | None = None
     """Draw costs by context into this file (png, svg or pdf)."""
     pareto: Path | None = None
@@ -116,9 +123,7 @@ class Efficiency:
         settings = {**plan.determining(), "dtype": str(dtype).removeprefix("torch.")}
         logs = {subject.name: self._log(subject, settings) for subject in subjects}
         results = measure_efficiency(subjects, plan, device=device, dtype=dtype, logs=logs)
-        tables = [_speed_table(results, plan), _memory_table(results, plan), _models_table(results)]
-        if any(costs.missing for costs in results.values()):
-            tables.append(_missing_table(results))
+        tables = _tables(results, plan)
         output_console().print(*tables)
         if self.json is not None:
             also = ("contexts", "batch_sizes", "limit", "longest")
@@ -183,27 +188,55 @@ def _remark(option: str) -> Iterator[None]:
         error_console().print(f"{option} is not drawn: {error}", soft_wrap=True)
 
 
+def _tables(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> list[Table]:
+    """Several narrow tables: one of all columns would be cut in a terminal of 80."""
+    scored = {name: costs for name, costs in results.items() if costs.scorer_flops_per_token}
+    tables = [_speed_table(results, plan), _latency_table(results, plan)]
+    tables += [_scorers_table(scored, plan)] if scored else []
+    tables += [_memory_table(results, plan), _held_table(results, plan)]
+    tables += [_models_table(results), _operations_table(results)]
+    return tables + ([_missing_table(results)] if any(costs.missing for costs in results.values()) else [])
+
+
 def _speed_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
     def cells(cost: Cost) -> list[str]:
-        latency = cost.decode.summary
-        scorer = ("–", "–") if cost.scorer is None else (f"{cost.scorer.prefill:.0%}", f"{cost.scorer.decode:.0%}")
-        rate = format_rate(cost.prefill_rate) + ("" if cost.prefill.warmed_up else "*")
-        seconds = (format_seconds(value) for value in (latency.median, latency.p90, latency.p99))
-        return [rate, format_rate(cost.decode_rate), *seconds, *scorer]
+        return [format_rate(cost.prefill_rate) + "*" * (not cost.prefill.warmed_up), format_rate(cost.decode_rate)]
 
-    headings = ("prefill tok/s", "decode tok/s", "p50", "p90", "p99", "scorer, prefill", "decode")
-    return _by_place(SPEED, headings, cells, results, plan)
+    return _by_place(SPEED, ("prefill tok/s", "decode tok/s"), cells, results, plan)
+
+
+def _latency_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+    def cells(cost: Cost) -> list[str]:
+        latency = cost.decode.summary
+        return [format_seconds(value) for value in (latency.median, latency.p90, latency.p99)]
+
+    return _by_place(LATENCY, ("p50", "p90", "p99"), cells, results, plan)
+
+
+def _scorers_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+    def cells(cost: Cost) -> list[str]:
+        return ["–", "–"] if cost.scorer is None else [f"{cost.scorer.prefill:.0%}", f"{cost.scorer.decode:.0%}"]
+
+    return _by_place(SCORERS, ("of prefill", "of decode"), cells, results, plan)
 
 
 def _memory_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
     def cells(cost: Cost) -> list[str]:
-        peak = ABSENT if cost.peak_bytes is None else format_bytes(cost.peak_bytes)
-        if cost.held is None:
-            return [peak, format_bytes(cost.cache_bytes), "–", "–"]
-        stored = "–" if cost.held.stored is None else f"{cost.held.stored:,.0f}"
-        return [peak, format_bytes(cost.cache_bytes), f"{cost.held.mean:,.0f}", stored]
+        return [ABSENT if cost.peak_bytes is None else format_bytes(cost.peak_bytes), format_bytes(cost.cache_bytes)]
 
-    return _by_place(MEMORY, ("peak memory", "cache", "held per head", "in store"), cells, results, plan)
+    return _by_place(MEMORY, ("peak memory", "cache"), cells, results, plan)
+
+
+def _held_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+    def cells(cost: Cost) -> list[str]:
+        if cost.held is None:
+            return ["–", "–"]
+        return [f"{cost.held.mean:,.0f}", "–" if cost.held.stored is None else f"{cost.held.stored:,.0f}"]
+
+    table = _by_place(HELD, ("held per head", "in store"), cells, results, plan)
+    if not all(costs.trained for costs in results.values()):
+        table.caption, table.caption_justify = UNTRAINED, "left"
+    return table
 
 
 def _by_place(
@@ -215,8 +248,9 @@ def _by_place(
 ) -> Table:
     """A row for each batch size, context and model."""
     table = Table(title=title, title_justify="left")
-    for heading in ("batch", "context", "model"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for heading in ("batch", "context"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("model", overflow="fold")  # a long name takes more lines, and no number is cut
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for batch in plan.batch_sizes:
@@ -230,28 +264,50 @@ def _by_place(
 
 
 def _models_table(results: Mapping[str, ModelCosts]) -> Table:
+    """A row for each model."""
+    table = Table(title=MODELS, title_justify="left")
+    table.add_column("model", overflow="fold")
+    table.add_column("weights", no_wrap=True)
+    for heading in ("parameters", "of scorers", "heads", "KV heads"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, costs in results.items():
+        scorers = costs.parameters.get("retention scorer")
+        heads = [
+            " ".join(f"{count:,}" for count in dict.fromkeys(counts))
+            for counts in zip(*costs.heads.values(), strict=True)
+        ]
+        table.add_row(
+            name,
+            "trained" if costs.trained else "random",
+            f"{sum(costs.parameters.values()):,}",
+            "–" if scorers is None else f"{scorers:,}",
+            *(heads or ("–", "–")),
+        )
+    return table
+
+
+def _operations_table(results: Mapping[str, ModelCosts]) -> Table:
     """A column for each model."""
-    table = Table(title="models (operations: of one forward token, multiply-adds × 2)", title_justify="left")
-    table.add_column("")
+    table = Table(title="operations of one forward token (multiply-adds × 2)", title_justify="left")
+    table.add_column("context", justify="right", no_wrap=True)
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     every = list(results.values())
-    table.add_row("weights", *("trained" if costs.trained else "random" for costs in every))
-    table.add_row("parameters", *(f"{sum(costs.parameters.values()):,}" for costs in every))
-    scorers = (costs.parameters.get("retention scorer") for costs in every)
-    table.add_row("of scorers", *("–" if count is None else f"{count:,}" for count in scorers))
     for context in every[0].flops_per_token:
-        table.add_row(f"operations at {context:,}", *(format_count(costs.flops_per_token[context]) for costs in every))
-    shares = (costs.scorer_flops_per_token for costs in every)
-    table.add_row("of scorers", *(format_count(count) if count else "–" for count in shares))
+        table.add_row(f"{context:,}", *(format_count(costs.flops_per_token[context]) for costs in every))
+    shares = [costs.scorer_flops_per_token for costs in every]
+    if any(shares):
+        table.add_section()
+        table.add_row("scorers", *(format_count(count) if count else "–" for count in shares))
     return table
 
 
 def _missing_table(results: Mapping[str, ModelCosts]) -> Table:
     """A row for each context and batch size that a model was not measured at."""
     table = Table(title=ABSENT, title_justify="left")
-    for heading in ("model", "context", "batch"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for heading in ("context", "batch"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("because")
     for name, costs in results.items():
         for (context, batch), reason in costs.missing.items():
