@@ -96,6 +96,14 @@ def test_wrong_calls_are_one_clear_line(
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("holdfast.cli.inspect.read_model", lambda *_: pytest.fail("the model was read"))
+    assert main(["inspect", str(checkpoint), "a", "--output", str(tmp_path)]) == 2
+    assert f"--output is {tmp_path}, which is a directory; give a file." in " ".join(capsys.readouterr().err.split())
+
+
 def test_no_more_is_read_than_a_page_or_the_model_can_take(
     small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,3 +171,46 @@ def test_a_browser_shows_it(browser: Any, checkpoint: Path, tmp_path: Path) -> N
     page.screenshot(path=picture)
     assert picture.stat().st_size > 5_000
     assert faults == []
+
+
+def test_keys_reach_every_token(browser: Any, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    assert main(["inspect", str(checkpoint), "It was the best of times.", "--output", str(file)]) == 0
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    focused, detail = page.locator("#tokens span:focus-visible"), page.locator("#detail")
+    assert page.locator("#tokens span[tabindex='0']").count() == 1
+    page.locator("#step").focus()
+    page.keyboard.press("Tab")
+    assert focused.get_attribute("title") == "token 1"
+    assert focused.evaluate("token => getComputedStyle(token).outlineWidth") == "3px"
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert focused.get_attribute("title") == "token 3"
+    assert detail.inner_text().startswith("Click a token, or ")  # to move is not to pick
+    page.keyboard.press("Enter")
+    assert detail.inner_text().startswith('token 3: " "')
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")  # there is none
+    page.keyboard.press("Space")
+    assert detail.inner_text().startswith('token 25: "."')
+    assert page.locator("#tokens [aria-pressed='true']").get_attribute("title") == "token 25"
+    assert page.locator("#tokens [aria-current]").get_attribute("title") == "token 25"
+    page.locator("#step").fill("9")  # the focus would be on a token that is hidden now
+    page.locator("#step").focus()
+    page.keyboard.press("Tab")
+    assert focused.get_attribute("title") == "token 10"
+    page.keyboard.press("Tab")
+    assert focused.count() == 0  # one stop for all of them
+
+
+def test_the_curve_is_named_for_what_it_shows(browser: Any, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    assert main(["inspect", str(checkpoint), "It was the best of times.", "--output", str(file)]) == 0
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    curve = page.locator("#fill")
+    assert curve.get_attribute("aria-label") == "tokens held outside the window, by step"
+    page.locator("#layer").select_option("1")
+    assert curve.get_attribute("aria-label") == "blocks read in full, by step"
