@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.pages import heading, note, paragraph, picture_element, table_element, write_page
+from holdfast.pages import details_element, heading, note, paragraph, picture_element, table_element, write_page
 from holdfast.pictures import new_figure, picture
 
 EVIL = '<script>alert("x")</script>&{{body}}'
@@ -13,6 +13,7 @@ EVIL = '<script>alert("x")</script>&{{body}}'
 
 def test_all_text_is_escaped_and_no_text_is_a_placeholder(tmp_path: Path) -> None:
     parts = [heading(EVIL), paragraph(EVIL), note(EVIL), table_element([EVIL], [[EVIL]], EVIL)]
+    parts.append(details_element(EVIL, []))
     parts.append(picture_element(new_figure((1, 1)), f'" onerror="{EVIL}'))
     page = write_page(tmp_path / "page.html", EVIL, parts).read_text(encoding="utf-8")
     assert "<script>" not in page

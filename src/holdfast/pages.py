@@ -14,7 +14,16 @@ from matplotlib.figure import Figure
 from holdfast.files import write_text
 from holdfast.pictures import data_uri
 
-__all__ = ["fill_template", "heading", "note", "paragraph", "picture_element", "table_element", "write_page"]
+__all__ = [
+    "details_element",
+    "fill_template",
+    "heading",
+    "note",
+    "paragraph",
+    "picture_element",
+    "table_element",
+    "write_page",
+]
 
 
 def write_page(path: str | os.PathLike[str], title: str, parts: Sequence[str]) -> Path:
@@ -62,6 +71,12 @@ def table_element(headings: Sequence[str], rows: Sequence[Sequence[str]], captio
     body = "\n".join(row(cells, "td") for cells in rows)
     title = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
     return f'<div class="wide"><table>\n{title}{row(headings, "th")}\n{body}\n</table></div>'
+
+
+def details_element(summary: str, elements: Sequence[str]) -> str:
+    """Elements that stay folded away until somebody opens them by their summary."""
+    body = "\n".join(elements)
+    return f"<details><summary>{html.escape(summary)}</summary>\n{body}\n</details>"
 
 
 def picture_element(picture: Figure | Path, description: str) -> str:

@@ -55,8 +55,25 @@ def test_a_finished_run(tmp_path: Path) -> None:
     # Means over the last two of twenty records: kept 39.5 and 38, both within 10 % of 40.
     cells = re.findall(r"<td>(.*?)</td>", page)
     assert cells[2:10] == ["0.1539", "0.5000", "1,020", "25.0%", "38.8", "38.8", "40", "2 of 2"]
-    assert cells[10:] == ["layer 1, head 0", "39.5", "39.5", "0", "layer 1, head 1", "38.0", "38.0", "0.019"]
+    assert cells[-8:] == ["layer 1, head 0", "39.5", "39.5", "0", "layer 1, head 1", "38.0", "38.0", "0.019"]
     assert len(re.findall(r'<img src="data:image/png;base64,iVBOR', page)) == 3
+
+
+def test_the_numbers_of_heat_maps_are_tables(tmp_path: Path) -> None:
+    history = read_history(make_run(tmp_path / "run", [line(step) for step in range(1, 41)]))
+    (folded,) = re.findall(r"<details>.*?</details>", page_of([history], tmp_path), re.S)
+    assert re.findall(r"<caption>(.*?)</caption>", folded) == [
+        "kept ÷ budget (40)",
+        "stored ÷ budget (40)",
+        "λ (0 left out of means)",
+    ]
+    assert re.findall(r"<th>(.*?)</th>", folded)[:3] == ["head", "to step 5", "to step 10"]
+    kept, stored, penalty = re.findall(r"<table>.*?</table>", folded, re.S)
+    # Five records each: kept 21 to 25 of 40 at first, 56 to 60 at last; the other head always 38.
+    cells = re.findall(r"<td>(.*?)</td>", kept)
+    assert [cells[at] for at in (0, 1, 8, 10)] == ["layer 1, head 0", "0.575", "1.45", "0.95"]
+    assert re.findall(r"<td>(.*?)</td>", stored)[8] == "1"
+    assert [re.findall(r"<td>(.*?)</td>", penalty)[at] for at in (1, 10, 17)] == ["0", "0.003", "0.038"]
 
 
 def test_an_unfinished_run_whose_last_line_was_cut(tmp_path: Path) -> None:
@@ -146,3 +163,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="no run to report on"):
         write_report([], tmp_path / "page.html")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_runs_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page").mkdir()
+    assert main(["report", str(tmp_path / "nowhere"), "--output", str(tmp_path / "page")]) == 2
+    assert "page, which is a directory; give a file." in " ".join(capsys.readouterr().err.split())

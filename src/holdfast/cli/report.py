@@ -12,6 +12,7 @@ import tyro
 
 from holdfast.cli.common import output_console
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import check_file
 from holdfast.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ReportSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UsageError("Give at least one run directory: `holdfast report RUN`.")
+        check_file(self.output, "--output")
 
 
 def run(arguments: Sequence[str]) -> None:

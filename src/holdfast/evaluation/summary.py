@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.pages import heading, note, paragraph, picture_element, table_element, write_page
+from holdfast.evaluation.intervals import Share
+from holdfast.pages import (
+    details_element,
+    heading,
+    note,
+    paragraph,
+    picture_element,
+    table_element,
+    write_page,
+)
 
 __all__ = ["PartResult", "ShownTable", "write_summary"]
 
@@ -77,12 +87,12 @@ def write_summary(
 ) -> Path:
     """Write one HTML page that needs neither network nor server.
 
-    It shows tables and pictures of all parts, what was not done and why, and what belongs to the numbers: settings,
-    seeds, machine, versions and commit.
+    It shows tables and pictures of all parts, the numbers of heat maps as tables, what was not done and why, and what
+    belongs to the numbers: settings, seeds, machine, versions and commit.
 
     Args:
         parts: in the order of the page.
-        path: file to write, replaced only when the page is complete; the pictures lie beside it.
+        path: file to write, replaced only when the page is complete; the files of the parts lie beside it.
         title: heading of the page.
         machine: `describe_machine()`, of now.
 
@@ -91,7 +101,7 @@ def write_summary(
 
     Raises:
         ValueError: if there is no part.
-        OSError: if a picture cannot be read.
+        OSError: if a picture, or the file with its numbers, cannot be read.
     """
     if not parts:
         raise ValueError("there is nothing to report on; give at least one part.")
@@ -100,10 +110,47 @@ def write_summary(
     for part in done:
         elements.append(heading(part.title))
         elements += [table_element(table.headings, table.rows, table.title) for table in part.tables]
-        elements += [picture_element(Path(path).parent / name, part.title) for name in part.pictures]
+        numbers = _numbers(Path(path).parent, part)
+        description = f"{part.title}: heat map; the table that follows has its numbers" if numbers else part.title
+        elements += [picture_element(Path(path).parent / name, description) for name in part.pictures]
+        if numbers:
+            elements.append(details_element("The numbers of the heat map", numbers))
         elements.append(note("Settings: " + _listed(part.settings)))
     elements += [heading("Where this was measured"), _machines(done, machine)]
     return write_page(path, title, elements)
+
+
+def _numbers(folder: Path, part: PartResult) -> list[str]:
+    """Tables of accuracy by depth and length, from the results in JSON of an evaluation that draws it as a heat map."""
+    tables = []
+    for name in part.files:
+        if not name.endswith(".json"):
+            continue
+        results = json.loads((folder / name).read_text(encoding="utf-8"))
+        if results.get("evaluation") == "needle":
+            for model, result in results["models"].items():
+                tables += _depth_tables(model, result.get("cells", []))  # the needle task has none
+    return tables
+
+
+def _depth_tables(model: str, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table for each task: a row for each depth, a column for each length."""
+    tables = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        found = [cell for cell in cells if cell["task"] == task]
+        columns = [[_shown(Share.from_dict(share)) for share in cell["by_depth"]] for cell in found]
+        depths = [f"{share['depth']:g} %" for share in found[0]["by_depth"]]
+        rows = [list(row) for row in zip(depths, *columns, strict=True)]
+        caption = f"{model}, {task}: needles found by depth (95 % interval; right ones of all)"
+        tables.append(table_element(["depth", *(f"{cell['length']:,} tokens" for cell in found)], rows, caption))
+    return tables
+
+
+def _shown(share: Share) -> str:
+    if share.interval is None:
+        return "–"
+    low, high = share.interval
+    return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%}; {share.correct:g} of {share.count})"
 
 
 def _overview(parts: Sequence[PartResult]) -> str:

@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from holdfast.data.progress import track
-from holdfast.pages import heading, note, picture_element, table_element, write_page
+from holdfast.pages import details_element, heading, note, picture_element, table_element, write_page
 from holdfast.pictures import new_figure
 from holdfast.training.history import RunHistory
 
@@ -23,6 +23,7 @@ __all__ = ["write_report"]
 
 _MOST_COLUMNS = 240  # of a heat map; more records are averaged
 _MOST_NAMES = 32  # of heads beside it
+_MOST_STRETCHES = 8  # of steps in the table of its numbers
 _RATIOS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of kept to budget, beside its colours
 _FURTHEST = _RATIOS[-1]
 _ABSENT = "not recorded"
@@ -56,6 +57,7 @@ def write_report(runs: Sequence[RunHistory], path: str | os.PathLike[str], *, pr
         if len(run.by_head("kept")[0]):
             parts.append(heading(f"{run.name}: what each head kept"))
             parts.append(picture_element(draw_heads(run), "kept and stored pairs and λ of every head, by step"))
+            parts.append(details_element("The numbers of the heat maps", _numbers(run)))
             parts.append(_heads(run))
     return write_page(path, ", ".join(run.name for run in runs), [*parts, note(_MEANINGS)])
 
@@ -214,6 +216,20 @@ def _heads(run: RunHistory) -> str:
         for values, form in ((kept, ".1f"), (stored, ".1f"), (penalty, ".2g"))
     ]
     return table_element(["head", "kept", "stored", "λ"], [list(row) for row in zip(names, *shown, strict=True)])
+
+
+def _numbers(run: RunHistory) -> list[str]:
+    """A table for each heat map: a row per head, and in each column the mean over a stretch of steps."""
+    tables = []
+    for shown in _heat_maps(run):
+        names = run.head_names(*shown.values.shape[1:])
+        rows = shown.values.reshape(len(shown.values), -1)
+        groups = np.array_split(np.arange(len(rows)), min(len(rows), _MOST_STRETCHES))
+        columns = [[f"{value:.3g}" if np.isfinite(value) else "0" for value in _mean(rows[group])] for group in groups]
+        steps = [f"to step {shown.steps[group[-1]]:,}" for group in groups]
+        body = [list(row) for row in zip(names, *columns, strict=True)]
+        tables.append(table_element(["head", *steps], body, shown.label.replace(" (grey: 0", " (0 left out of means")))
+    return tables
 
 
 def _steps(run: RunHistory) -> str:
