@@ -326,7 +326,7 @@ class _Reading:
 
 def _heads(config: HybridConfig) -> dict[str, tuple[int, int]]:
     """Query heads and key/value heads of each kind of softmax attention."""
-    options = {name: config.options_for(name) for name in dict.fromkeys(config.mixers)}
+    options = {name: config.options_for(name) for name in dict.fromkeys(config.mixers or ())}
     return {
         name: (found.num_heads, found.kv_heads)
         for name, found in options.items()
