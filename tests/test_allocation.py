@@ -31,13 +31,14 @@ def test_neither_mapped_one_by_one_nor_trimmed(
     assert asked[:2] == [unmapped, (-1, -1)]
 
 
-@pytest.mark.parametrize(("command", "large"), [("train", True), ("bench", True), ("generate", False), (None, False)])
-def test_large_blocks_are_kept_where_no_cache_grows(
-    command: str | None, large: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("command", "large"),
+    [("train", True), ("bench ops", True), ("bench decode", False), ("generate", False), ("", False)],
+)
+def test_large_blocks_are_kept_where_no_cache_grows(command: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
     monkeypatch.setattr("holdfast.cli.keep_freed_memory", lambda *, large: kept.append(large))
-    assert main([] if command is None else [command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     assert kept == [large]
 
 

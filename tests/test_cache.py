@@ -288,3 +288,27 @@ def test_a_snapshot_that_contradicts_itself_is_refused(
         cache.restore(snapshot)
     assert cache.columns == 9
     assert cache.seen.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("learns", ["v_proj", "k_proj", "router"])
+def test_a_few_tokens_on_a_cache_have_gradients_whatever_learns(small_model: ModelFactory, learns: str) -> None:
+    """Those of a chunk, also where no query needs one: they are not read one after the other, in place."""
+    model = small_model("learned_eviction").eval()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(learns in name)
+    ids, cache = random_ids(2, 36), HybridCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :30], past_key_values=cache)
+    model(input_ids=ids[:, 30:], past_key_values=cache).logits.square().sum().backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients if gradient is not None)
+
+
+def test_states_are_marked_without_a_guard(small_model: ModelFactory) -> None:
+    cache = HybridCache(small_model("learned_eviction").config)
+    cache.allocate(1, torch.float32, "cpu")
+    marks = [tensor._dynamo_static_input_type for layer in cache.layers for tensor in layer.tensors.values()]
+    assert marks
+    assert set(marks) == {"unguarded"}

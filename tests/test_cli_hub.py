@@ -38,13 +38,20 @@ def hub(small_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return asked
 
 
-def test_a_model_is_fetched_without_pickles_and_keeps_its_name(hub: list[dict[str, Any]]) -> None:
+def test_a_model_is_fetched_without_pickles_and_keeps_its_name(
+    hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = model_directory("someone/small@v1.0")
     assert directory.name == COMMIT
     assert shown_names([directory]) == {directory: "someone/small"}
     assert [(call["model"], call["revision"]) for call in hub] == [("someone/small", "v1.0")]
     assert "*.safetensors" in hub[0]["allow_patterns"]
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in hub[0]["allow_patterns"])
+    assert hub[0]["ignore_patterns"] == ["*/*"]
+    assert "taking the model someone/small of the Hugging Face hub" in capsys.readouterr().err
+    (directory / "config.json").unlink()
+    with pytest.raises(UsageError, match="holds no saved model"):
+        model_directory("someone/small")
 
 
 def test_it_is_evaluated_by_its_name(hub: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("runs/absent", "./absent", "absent", "a/b/c", str(tmp_path / "absent")):
+    for name in ("runs/absent", "./absent", "absent", "a/b/c", "-x/y", "a/..", "a/b@../c", str(tmp_path / "absent")):
         assert not is_hub_name(name)
         with pytest.raises(UsageError, match="There is no model directory"):
             model_directory(name)

@@ -19,7 +19,8 @@ class RetentionOutput(ModelOutput):
 
     Attributes:
         scores: per LTE layer [B, T, Hkv] fp32, s = σ(logit) − threshold; above 0: worth keeping. With a cache,
-            scores of the last R // 2 tokens are not final (NaN while decoding token by token).
+            scores of the last R // 2 tokens are not final: NaN in calls of a token or a few, in longer ones what the
+            scorer says so far. Pads have any value.
         kept: [L, Hkv] fp32, no gradient: pairs with s > 0 per sequence, among the positions that the penalty counts.
             These are candidates, whether or not they are in the window still, and however many slots the store has.
         penalised: [B, T] bool: those positions, real tokens with as many tokens of future as the scorer reads.

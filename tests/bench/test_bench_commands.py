@@ -115,6 +115,13 @@ def test_decode_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert case["results"][0]["cache_bytes"] == case["results"][1]["cache_bytes"]
 
 
+def test_steps_that_grow_are_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "decode", "--quick", "--compiled", "--mixers", "gated_deltanet", "full_attention"]) == 2
+    assert (
+        "--compiled needs steps that are all alike, and the cache of full_attention grows." in capsys.readouterr().err
+    )
+
+
 def test_prefill(tmp_path: Path) -> None:
     data = run_bench("prefill", tmp_path, "--mixers", "sliding_attention", "gated_deltanet")
     assert [case["parameters"]["tokens"] for case in data["cases"]] == [48, 96]

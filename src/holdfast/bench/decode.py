@@ -26,12 +26,13 @@ def run_decode(settings: DecodeSettings) -> Report:
     setup = Setup.of(settings)
     settings = setup.settings
     models = contenders(settings, setup.device, setup.dtype)
-    if settings.compiled:
-        assert isinstance(models[0], Holdfast)
-        models.insert(1, Compiled(models[0]))
     contexts = sorted(set(settings.contexts))
     with torch.no_grad():
         caches = {model.name: model.filled_caches(contexts, settings.batch_size, CHUNK) for model in models}
+        if settings.compiled:
+            assert isinstance(models[0], Holdfast)
+            models.insert(1, Compiled(models[0], caches[models[0].name]))
+            caches[models[1].name] = models[1].filled_caches(contexts, settings.batch_size, CHUNK)
         cache_bytes = {
             (model.name, context): model.cache_bytes(caches[model.name][context])
             for model in models

@@ -32,7 +32,8 @@ COMMANDS = {
     "demo": "Train five small models on this machine and compare what they remember.",
 }
 
-_WITHOUT_CACHES = (["train"], ["bench"], ["demo"])
+_COMPUTING = ("train", "demo", "bench ops", "bench train")
+"""Commands in which tensors are large and no cache grows to matter."""
 
 USAGE = """\
 usage: holdfast COMMAND [OPTIONS]
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    keep_freed_memory(large=arguments[:1] in _WITHOUT_CACHES)
+    keep_freed_memory(large=" ".join(arguments[:2]).startswith(_COMPUTING))
     try:
         _dispatch(arguments)
     except SystemExit as stop:  # tyro has shown its help or its error

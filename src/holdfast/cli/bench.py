@@ -169,9 +169,19 @@ def _check(settings: BenchSettings) -> None:
         from holdfast.bench.models import SIZES, hybrid_config
 
         try:
-            hybrid_config(SIZES[settings.effective().size], settings.mixers)
+            config = hybrid_config(SIZES[settings.effective().size], settings.mixers)
         except ValueError as error:
             raise UsageError(f"--mixers does not fit: {error}.") from error
+        if isinstance(settings, DecodeSettings) and settings.compiled:
+            from holdfast.cache import HybridCache
+
+            growing = [
+                name
+                for name, layer in zip(config.mixers or (), HybridCache(config).layers, strict=True)
+                if layer.growing
+            ]
+            if growing:
+                raise UsageError(f"--compiled needs steps that are all alike, and the cache of {growing[0]} grows.")
 
 
 def _run(settings: BenchSettings) -> Report:

@@ -82,9 +82,9 @@ def model_directory(name: str) -> Path:
     """
     directory = Path(name)
     if not directory.is_dir():
-        if is_hub_name(name):
-            return fetch_model(name)
-        raise UsageError(f"There is no model directory {name}; give one that `holdfast train` or `convert` wrote.")
+        if not is_hub_name(name):
+            raise UsageError(f"There is no model directory {name}; give one that `holdfast train` or `convert` wrote.")
+        directory = fetch_model(name)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
     return directory

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from holdfast.cli.errors import UsageError
 
 __all__ = ["fetch_model", "hub_name", "is_hub_name"]
 
-_NAME = re.compile(r"(?P<model>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
-# Weights by safetensors alone: nothing of a stranger's is unpickled.
-_FILES = ("*.json", "*.safetensors", "*.model", "recipe.toml")
+_NAME = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?")
+# Of the repository's own folder: below it lie checkpoints and other formats. No pickled weights, which nothing reads.
+_FILES = ("*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "recipe.toml")
+_NOT = ("*/*",)
 
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be meant for the hub; what begins with a directory that is here is a path."""
-    return (
-        _NAME.fullmatch(name) is not None and not Path(name).parts[0].startswith(".") and not Path(name).parent.is_dir()
-    )
+    return _NAME.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 
 def fetch_model(name: str) -> Path:
     """The directory in the hub's cache that holds the model `name`, downloaded where it is not there yet.
+
+    It says so on standard error: a mistyped path can be somebody's model.
 
     Raises:
         UsageError: if the hub has no such model or cannot be reached.
@@ -33,13 +35,16 @@ def fetch_model(name: str) -> Path:
     found = _NAME.fullmatch(name)
     assert found is not None
     model, revision = found["model"], found["revision"]
+    print(f"There is no directory {name}; taking the model {model} of the Hugging Face hub.", file=sys.stderr)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_NOT))
+        )
     except LocalEntryNotFoundError as error:
         raise UsageError(
             f"There is no model directory {name}, and the hub cannot be reached; give a directory, or try again online."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UsageError(f"There is no model directory {name}, and the hub does not give one: {first}") from error
 

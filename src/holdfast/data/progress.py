@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import track as rich_track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 __all__ = ["track"]
 
@@ -27,7 +26,11 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, pro
     if not progress:
         yield from items
     elif console.is_terminal:
-        yield from rich_track(items, escape(description), total=total, console=console, transient=True)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(show_speed=True))
+        with Progress(
+            *columns, TimeRemainingColumn(elapsed_when_finished=True), console=console, transient=True
+        ) as bar:
+            yield from bar.track(items, total, description=description)
     else:
         yield from _with_lines(items, description, total, console)
 

@@ -19,7 +19,7 @@ from holdfast.mixers.layout import TokenLayout, count_documents, document_of_col
 from holdfast.mixers.scorers import ConvScorer, receptive_field
 from holdfast.mixers.softmax_attention import AttentionOptions, SoftmaxAttention, confine, gather_rows
 from holdfast.mixers.state import MixerState
-from holdfast.mixers.window_state import WindowState, is_short
+from holdfast.mixers.window_state import WindowState
 from holdfast.ops.gated_attention import gated_retained_attention
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER, streaming_retention
@@ -191,7 +191,7 @@ class LearnedEviction(SoftmaxAttention):
             return self._whole(q, k, v, features, layout)
         if self.substitute is not None:
             raise ValueError("a substitute for the scorer works in one pass only; pass use_cache=False.")
-        if is_short(q, layout):
+        if state.is_short(q, layout):
             return self._steps(q, k, v, features, layout, state)
         return self._chunk(q, k, v, features, layout, state)
 
@@ -231,7 +231,7 @@ class LearnedEviction(SoftmaxAttention):
     def _steps(
         self, q: Tensor, k: Tensor, v: Tensor, features: Tensor, layout: TokenLayout, state: WindowState
     ) -> MixerOutput:
-        """A token or a few, in place. O(T·(budget + window)) time, nothing is copied."""
+        """A token or a few, in place. O(T·(budget + window)) time."""
         tail = state.extended_tail(features, layout)
         scores = self.router(tail, layout.latest_exist(tail.shape[1]))  # of the tokens `reach` before
         out = state.steps(q, k, v, scores, self.options.sinks, layout.real)

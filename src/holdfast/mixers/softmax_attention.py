@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from holdfast.mixers.base import MixerOptions, MixerOutput, TokenMixer, count_weights, linear, require
 from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
-from holdfast.mixers.window_state import PastRows, WindowState, is_short
+from holdfast.mixers.window_state import PastRows, WindowState
 from holdfast.ops.linear import apply_linear
 from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.retention import FOREVER
@@ -153,7 +153,7 @@ class SlidingAttention(SoftmaxAttention):
         if not isinstance(state, WindowState):
             visible_until = within_window(k.shape[1], window, layout)
             return MixerOutput(self.output(retained_attention(q, k, v, visible_until, window)))
-        if is_short(q, layout):
+        if state.is_short(q, layout):
             return MixerOutput(self.output(state.steps(q, k, v, None, 0, layout.real)))
         rows = gather_rows(k, v, None, layout, state)
         visible_until = None

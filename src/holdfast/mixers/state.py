@@ -205,5 +205,5 @@ def lasting(make: Callable[[], Tensor]) -> Tensor:
         return make()
     with torch.inference_mode(False), torch.no_grad():
         tensor = make()
-    torch._dynamo.mark_static_address(tensor)
+    torch._dynamo.mark_static_address(tensor, guard=False)  # with a guard each new cache would be compiled for
     return tensor

@@ -9,18 +9,11 @@ from torch import Tensor
 
 from holdfast.mixers.layout import TokenLayout, join_past
 from holdfast.mixers.state import MixerState, TensorSpec
-from holdfast.ops.window_step import EMPTY, Slots, ring_positions, window_step
+from holdfast.ops.window_step import EMPTY, Slots, is_compiled, ring_positions, window_step
 
 # So many tokens and fewer, with a cache in front, are read one after the other: that costs them the pairs that are
-# held, in place, where a chunk brings all of these into order and copies them.
-_FEW = 16
-
-
-def is_short(q: Tensor, layout: TokenLayout) -> bool:
-    """Whether a call on a cache, with queries [B, T, H, D], is better read by `WindowState.steps` than as a chunk."""
-    if layout.fresh:
-        return False
-    return layout.length == 1 or (layout.length <= _FEW and not q.requires_grad)
+# held, in place, where a chunk brings all of these into order and copies them. Fewer where a step is many operations.
+_FEW, _FEW_OPERATIONS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -145,6 +138,21 @@ class WindowState(MixerState):
         """The scorer's inputs [B, R − 1 + T, Hkv, 2D]: the latest of the past, then `features` of this call."""
         return join_past(self.tail, features, layout.num_pads)
 
+    def is_short(self, q: Tensor, layout: TokenLayout) -> bool:
+        """Whether a call on this cache, with queries [B, T, H, D], is better read by `steps` than as a chunk."""
+        if layout.fresh or layout.length == 1:
+            return not layout.fresh
+        # What writes in place has no gradients; asked for, they may be those of keys, values or the scorer alone.
+        if layout.length > _FEW or torch.is_grad_enabled():
+            return False
+        return layout.length <= (_FEW if is_compiled(q[:1, 0], self._slots) else _FEW_OPERATIONS)
+
+    @property
+    def _slots(self) -> Slots:
+        if self.budget:
+            return Slots(self.keys, self.values, self.seen, self.scores, self.positions)
+        return Slots(self.keys, self.values, self.seen)
+
     def steps(
         self, q: Tensor, keys: Tensor, values: Tensor, scores: Tensor | None, sinks: int, real: Tensor | None
     ) -> Tensor:
@@ -159,11 +167,9 @@ class WindowState(MixerState):
         Returns:
             [B, T, H, D].
 
-        O(T·(budget + window)) time, and nothing is copied, gathered or sorted.
+        O(T·(budget + window)) time; no slot is copied, gathered or sorted but for those that change.
         """
-        slots = Slots(self.keys, self.values, self.seen)
-        if self.budget:
-            slots = Slots(self.keys, self.values, self.seen, self.scores, self.positions)
+        slots = self._slots
         q, keys, values = (x.transpose(0, 1).contiguous() for x in (q, keys, values))
         outputs = [
             window_step(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
 from holdfast.ops.threads import TEAM, team_for
 
-__all__ = ["convolve", "delta", "linear", "rotate", "score", "serves", "step"]
+__all__ = ["are_there", "convolve", "delta", "linear", "rotate", "score", "serves", "step"]
 
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
@@ -51,6 +51,12 @@ def serves(*tensors: Tensor | None) -> bool:
             return False
         if gradient and x.requires_grad:
             return False
+    return _functions.are_there()
+
+
+@torch.compiler.assume_constant_result  # it looks for a compiler, where torch.compile cannot follow
+def are_there() -> bool:
+    """Whether this machine has these functions; the first call compiles them."""
     return _functions.are_there()
 
 

@@ -77,7 +77,7 @@ class Scorers:
     max_blocks: int | None = None
     """Blocks of text to read; default: the first 64."""
     beyond: bool = False
-    """Allow blocks, or samples of the needle task, longer than a model was trained on."""
+    """Allow blocks, or samples, longer than a model was trained on."""
     seed: int = 0
     """Of the samples, and of the random scorer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -218,7 +218,7 @@ class Scorers:
         measures: dict[Path, Measure] = {}
         for directory, tokenizer in read_text_models(directories).items():
             samples = []
-            for task in dict.fromkeys(self.tasks):
+            for task in sorted(set(self.tasks)):
                 with usage_errors():
                     sampler = RulerSampler(
                         RULER_TASKS[task], tokenizer, length, essays=essays, new_tokens=NEW_TOKENS, seed=self.seed
@@ -227,7 +227,7 @@ class Scorers:
             with usage_errors():
                 for sample in samples:
                     answer_tokens(tokenizer, sample)
-            determining = {"tasks": list(self.tasks), "samples": self._samples, **given, **self._computed}
+            determining = {"tasks": sorted(set(self.tasks)), "samples": self._samples, **given, **self._computed}
             measures[directory] = (functools.partial(_found, tokenizer, samples), determining)
         return measures
 
@@ -278,7 +278,7 @@ class Scorers:
             "measure": self._what,
             "models": ["/".join(directory.resolve().parts[-2:]) for directory in directories],
             "trained": trained,
-            "tasks": list(self.tasks),
+            "tasks": sorted(set(self.tasks)),
             "samples": self._samples if text is None else None,
             "text": None if text is None else text.to_dict(),
             "length": block_length(directories, self.length, True) if self.tasks or text is not None else None,

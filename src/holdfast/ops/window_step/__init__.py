@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from holdfast.ops import one_token
 from holdfast.ops.window_step import native
 from holdfast.ops.window_step.native import window_step_native
 from holdfast.ops.window_step.operator import is_available, supports, window_step_triton
@@ -14,7 +15,7 @@ from holdfast.ops.window_step.pytorch import window_step_pytorch
 from holdfast.ops.window_step.reference import window_step_reference
 from holdfast.ops.window_step.slots import EMPTY, Slots, ring_positions
 
-__all__ = ["BACKENDS", "EMPTY", "Slots", "ring_positions", "window_step"]
+__all__ = ["BACKENDS", "EMPTY", "Slots", "is_compiled", "ring_positions", "window_step"]
 
 Backend = Callable[[Tensor, Tensor, Tensor, Slots, Tensor | None, Tensor | None, int, int, float], Tensor]
 
@@ -78,6 +79,15 @@ def window_step(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = BACKENDS[backend or _fastest(q, key, value, slots, score, real)]
     return chosen(q, key, value, slots, score, real, sinks, delay, scale)
+
+
+def is_compiled(q: Tensor, slots: Slots) -> bool:
+    """Whether a step for queries like q [..., D], without gradients, is one or two calls of compiled code here; else it
+    is some dozens of PyTorch's operations. The same within `torch.compile`, which follows those.
+    """
+    if q.is_cuda:
+        return is_available() and supports(q, slots)
+    return q.device.type == "cpu" and q.dtype == slots.keys.dtype == torch.float32 and one_token.are_there()
 
 
 def _fastest(q: Tensor, key: Tensor, value: Tensor, slots: Slots, score: Tensor | None, real: Tensor | None) -> str:
