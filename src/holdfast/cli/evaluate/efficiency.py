@@ -162,7 +162,7 @@ class Efficiency:
         from holdfast.machine import describe_machine
 
         machine = describe_machine()
-        where = {name: machine[name] for name in ("processor", "accelerator", "threads")} | {"device": self.device}
+        where = {name: machine[name] for name in ("processor", "threads")} | {"device": self.device}
         return open_log(self.json, "efficiency", subject.source, {**settings, **where}, what="measurements")
 
     def _draw(self, results: Mapping[str, ModelCosts], accuracies: Mapping[str, list[Accuracy]], dtype: str) -> None:

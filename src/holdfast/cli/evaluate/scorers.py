@@ -174,11 +174,6 @@ class Scorers:
     def _samples(self) -> int:
         return (64 if self.tasks else 256) if self.samples is None else self.samples
 
-    @property
-    def _computed(self) -> dict[str, str]:
-        """What the numbers follow from besides; empty for float32, which older logs do not name."""
-        return {} if self.dtype == "float32" else {"dtype": self.dtype}
-
     def _accuracies(self, directories: Sequence[Path]) -> dict[Path, Measure]:
         """Of the models' own needle tasks.
 
@@ -192,11 +187,10 @@ class Scorers:
         for directory, task in tasks.items():
             refuse_lengths([directory], task.length, self.beyond)
         drawn = {"samples": self._samples, "seed": self.seed}
-        kept = {"kept": "shares"}  # earlier versions kept bare accuracies, which have no interval
         return {
             directory: (
                 functools.partial(_accuracy, directory, task, **drawn),
-                {"task": asdict(task), **drawn, **self._computed, **kept},
+                {"task": asdict(task), **drawn, "dtype": self.dtype},
             )
             for directory, task in tasks.items()
         }
@@ -214,7 +208,8 @@ class Scorers:
             raise UsageError(f"There is no task {unknown[0]}; give some of {', '.join(RULER_TASKS)}.")
         length, essays = block_length(directories, self.length, self.beyond), read_haystack(self.haystack)
         depths = [100 * (index + 0.5) / self._samples for index in range(self._samples)]
-        given = {"length": length, "essays": None if essays is None else essays.sha256, "seed": self.seed}
+        given = {"length": length, "essays": None if essays is None else essays.sha256}
+        given |= {"seed": self.seed, "dtype": self.dtype}
         measures: dict[Path, Measure] = {}
         for directory, tokenizer in read_text_models(directories).items():
             samples = []
@@ -227,7 +222,7 @@ class Scorers:
             with usage_errors():
                 for sample in samples:
                     answer_tokens(tokenizer, sample)
-            determining = {"tasks": sorted(set(self.tasks)), "samples": self._samples, **given, **self._computed}
+            determining = {"tasks": sorted(set(self.tasks)), "samples": self._samples, **given}
             measures[directory] = (functools.partial(_found, tokenizer, samples), determining)
         return measures
 
@@ -251,7 +246,7 @@ class Scorers:
             packed = text.read(tokenizer, directory)
             blocks = [packed[index] for index in range(min(len(packed), text.max_blocks or len(packed)))]
             digests = [block_digest(block) for block in blocks]
-            determining = {"blocks": digests, "seed": self.seed, **self._computed}
+            determining = {"blocks": digests, "seed": self.seed, "dtype": self.dtype}
             measures[directory] = (functools.partial(_perplexity, blocks), determining)
         return measures
 

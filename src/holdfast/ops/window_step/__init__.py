@@ -82,8 +82,9 @@ def window_step(
 
 
 def is_compiled(q: Tensor, slots: Slots) -> bool:
-    """Whether a step for queries like q [..., D], without gradients, is one or two calls of compiled code here; else it
-    is some dozens of PyTorch's operations. The same within `torch.compile`, which follows those.
+    """Whether a step for queries like q [B, H, D], without gradients, is one or two calls of compiled code here.
+
+    Else it is some dozens of PyTorch's operations. The same within `torch.compile`, which follows those.
     """
     if q.is_cuda:
         return is_available() and supports(q, slots)
