@@ -5,6 +5,7 @@ alone, and those of lower precision are compared where all blocks are read, or w
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.ops.native_sparse_attention import BACKENDS, blocked, compressed, native_sparse_attention, selected, tiles
+from holdfast.ops.native_sparse_attention.packing import Packing, ends_of
 from holdfast.ops.retained_attention import retained_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -168,10 +170,15 @@ def test_gradients_of_given_means(backend: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_packed_sequences_equal_separate_ones(backend: str) -> None:
-    lengths = [0, 17, 1, 0, 40, 5, 0]
+@pytest.mark.parametrize("lengths", [[0, 17, 1, 0, 40, 5, 0], [24, 32, 8], [3, 90], [1] * 20, [61], [0, 0]])
+@pytest.mark.parametrize(("block_size", "num_blocks", "window"), [(4, 4, 6), (8, 2, 40), (1, 9, 1), (64, 3, 7)])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_packed_sequences_equal_separate_ones(
+    lengths: list[int], block_size: int, num_blocks: int, window: int, backend: str, way: str
+) -> None:
     inputs = tensors(sum(lengths), batch=1)
-    attend = functools.partial(native_sparse_attention, block_size=4, num_blocks=4, window=6, backend=backend)
+    sizes = {"block_size": block_size, "num_blocks": num_blocks, "window": window}
+    attend = functools.partial(native_sparse_attention, **sizes, backend=backend)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     packed, chosen = outputs_and_gradients(functools.partial(attend, cu_seqlens=ends), *inputs)
 
@@ -184,6 +191,38 @@ def test_packed_sequences_equal_separate_ones(backend: str) -> None:
     assert torch.equal(chosen, blocks)
     for ours, theirs in zip(packed, alone, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_packed_sequences_of_any_number_are_one_graph(backend: str) -> None:
+    attend = functools.partial(native_sparse_attention, block_size=4, num_blocks=3, window=6, backend=backend)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for ends in ([0, 40], [0, 7, 7, 30, 40], [0, 1, 2, 20, 22, 37, 40]):
+        inputs, cu_seqlens = tensors(40, batch=1), torch.tensor(ends)
+        direct, chosen = outputs_and_gradients(functools.partial(attend, cu_seqlens=cu_seqlens), *inputs)
+        results, blocks = outputs_and_gradients(functools.partial(compiled, cu_seqlens=cu_seqlens), *inputs)
+        assert torch.equal(blocks, chosen)
+        for ours, theirs in zip(results, direct, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("columns", [[0, 5, 5, 17, 18, 40], [0, 8, 40], [0, 0, 40, 40]])
+def test_where_packed_sequences_stand(columns: list[int]) -> None:
+    packing = Packing.of(torch.tensor(columns), 40, 4)
+    place, begins = [], []
+    for first, end in itertools.pairwise(columns):
+        place += range(4 * len(begins), 4 * len(begins) + end - first)
+        begins += [len(begins)] * -(-(end - first) // 4)
+    assert packing.place.tolist() == place
+    assert packing.begins.tolist() == begins
+    ends = ends_of(packing.begins).tolist()
+    assert all(
+        begins[end - 1] == begin and begins[end:][:1] != [begin] for begin, end in zip(begins, ends, strict=True)
+    )
+    x = torch.randn(1, 40, 3)
+    spread = packing.spread(x)
+    assert torch.equal(packing.gather(spread), x)
+    assert spread.shape == (1, 4 * len(begins), 3)
+    assert spread.count_nonzero() == x.count_nonzero()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -265,9 +304,9 @@ def test_the_custom_ops_are_what_they_are_registered_as() -> None:
     q, k, v = torch.randn(2, 20, 3, 4), torch.randn(2, 24, 4), torch.randn(2, 24, 5)
     positions = torch.arange(3, 23)[None]
     means_k, means_v = (x.unflatten(1, (6, 4)).mean(2)[:, :5] for x in (k, v))
-    blocks = compressed.compressed_attention(q, means_k, means_v, positions, 23, 4, 2)[2]
+    blocks = compressed.compressed_attention(q, means_k, means_v, positions, None, 23, 4, 2)[2]
     for op, arguments in (
-        (compressed.compressed_attention, (q, means_k, means_v, positions, 23, 4, 2)),
+        (compressed.compressed_attention, (q, means_k, means_v, positions, None, 23, 4, 2)),
         (selected.selected_attention, (q, k, v, positions, blocks, 4)),
     ):
         for tensor in arguments[:3]:
@@ -301,7 +340,7 @@ def test_tiles_of_both_passes_are_small(way: str) -> None:
         q, positions = q.unsqueeze(2), torch.arange(length)[None]
         means_k, means_v = (x.unflatten(1, (-1, 32)).mean(2) for x in (k, v))
         with LargestTensor() as mode:
-            blocks_of = (q, means_k, means_v, positions)
+            blocks_of = (q, means_k, means_v, positions, None)
             out, log_sum, blocks = compressed.compressed_attention._init_fn(*blocks_of, length, 32, 4)
             compressed._backward._init_fn(*blocks_of, log_sum, out.sum(-1), out, length, 32)
             read_by = (q, k, v, positions, blocks)

@@ -206,21 +206,24 @@ def test_empty_inputs_and_no_complete_block(batch: int, queries: int, keys: int)
     assert blocks.shape == (batch, queries, 1, 2)
 
 
-def test_packed_sequences() -> None:
-    arguments: dict[str, Any] = {"block_size": 4, "num_blocks": 3, "window": 6}
-    assert_like_reference(tensors(19), **arguments, cu_seqlens=torch.tensor([0, 0, 14, 15, 19]))
+@pytest.mark.usefixtures("many_programs")
+@pytest.mark.parametrize("ends", [[0, 0, 14, 15, 33], [0, 1, 2, 3, 33], [0, 16, 20, 33]])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(4, 3), (2, 6), (1, 2)])
+def test_packed_sequences(ends: list[int], block_size: int, num_blocks: int) -> None:
+    arguments: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks, "window": 6}
+    assert_like_reference(tensors(33, batch=1), **arguments, cu_seqlens=torch.tensor(ends, device=DEVICE))
 
 
 def test_operators_keep_their_promises() -> None:
     q, k, v, gates = (x.detach() for x in tensors(8, 5, heads=1, dim=4, value_dim=5))
     means = [x.unflatten(1, (2, 4)).mean(2) for x in (k, v)]
-    blocks = operators.compressed_attention(q, *means, None, 8, 4, 2, 0.5)[2]
+    blocks = operators.compressed_attention(q, *means, None, None, 8, 4, 2, 0.5)[2]
     branches = [torch.randn(1, 5, 1, 5, device=DEVICE) for _ in range(3)]
     torch.library.opcheck(operators.step, (q, k, v, gates, *means, None, 4, 2, 3, 0.5))
     for tensor in (q, k, v, gates, *means, *branches):
         tensor.requires_grad_()
-    torch.library.opcheck(operators.compressed_attention, (q, *means, None, 8, 4, 2, 0.5))
-    torch.library.opcheck(operators.selected_attention, (q, k, v, blocks, None, 4, 0.5))
+    torch.library.opcheck(operators.compressed_attention, (q, *means, None, None, 8, 4, 2, 0.5))
+    torch.library.opcheck(operators.selected_attention, (q, k, v, blocks, None, None, 4, 0.5))
     torch.library.opcheck(operators.gated_sum, (gates, *branches))
 
 
@@ -283,7 +286,7 @@ def test_the_backend_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert not supports(q, v, 2)
     with pytest.raises(ValueError, match="needs a GPU"):
-        native_sparse_attention_triton(q, k, v, gates, 3, 2, 2, None, None, 1.0)
+        native_sparse_attention_triton(q, k, v, gates, 3, 2, 2, None, None, None, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +344,12 @@ class TestOnTheGPU:
         arguments = dict(zip(("block_size", "num_blocks", "window"), sizes, strict=True))
         self.assert_like_blocked(tensors(2000, heads=8, kv_heads=2, dim=64, dtype=torch.bfloat16), **arguments)
 
+    @pytest.mark.parametrize("lengths", [[2000, 1, 800, 200], [100] * 30, [3001]])
+    def test_packed_sequences(self, lengths: list[int]) -> None:
+        inputs = tensors(sum(lengths), heads=16, kv_heads=2, dim=64, dtype=torch.bfloat16)
+        ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+        self.assert_like_blocked(inputs, **self.SIZES, cu_seqlens=ends)
+
     def test_long_sequences(self) -> None:
         self.assert_like_blocked(tensors(32_769, heads=16, kv_heads=1, dim=64, dtype=torch.bfloat16), **self.SIZES)
 
@@ -368,15 +377,16 @@ class TestOnTheGPU:
 
     def test_nothing_waits_for_the_device(self) -> None:
         inputs = tensors(2000, heads=32, kv_heads=2, dim=64, dtype=torch.bfloat16)
-        lengths = torch.tensor([1900], device=DEVICE)
-        attend = functools.partial(native_sparse_attention, **self.SIZES, lengths=lengths, backend="triton")
+        lengths, ends = torch.tensor([1900], device=DEVICE), torch.tensor([0, 700, 1200, 2000], device=DEVICE)
+        attend = functools.partial(native_sparse_attention, **self.SIZES, backend="triton")
         one = (inputs[0][:, :1].detach(), *(x.detach() for x in inputs[1:3]), inputs[3][:, :1].detach())
         gradient = torch.randn_like(inputs[0])
         for mode in ("default", "error"):  # the first time compiles
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                gradients = torch.autograd.grad(attend(*inputs)[0], inputs, gradient)
-                attend(*one)
+                gradients = torch.autograd.grad(attend(*inputs, lengths=lengths)[0], inputs, gradient)
+                gradients += torch.autograd.grad(attend(*inputs, cu_seqlens=ends)[0], inputs, gradient)
+                attend(*one, lengths=lengths)
                 if mode == "error":  # that it would have been noticed
                     with pytest.raises(RuntimeError, match="synchroniz"):
                         gradient[0, 0, 0, 0].item()

@@ -1,12 +1,12 @@
 """Native Sparse Attention (Yuan et al., arXiv 2502.11089): block means, a few blocks in full, a sliding window."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.blocked import native_sparse_attention_blocked
+from holdfast.ops.native_sparse_attention.packing import Packing
 from holdfast.ops.native_sparse_attention.reference import native_sparse_attention_reference
 from holdfast.ops.native_sparse_attention.triton import native_sparse_attention_triton, supports
 from holdfast.ops.precision import without_autocast
@@ -15,7 +15,8 @@ __all__ = ["BACKENDS", "native_sparse_attention"]
 
 Compressed = tuple[Tensor, Tensor]
 Backend = Callable[
-    [Tensor, Tensor, Tensor, Tensor, int, int, int, Tensor | None, Compressed | None, float], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, Tensor, int, int, int, Tensor | None, Tensor | None, Compressed | None, float],
+    tuple[Tensor, Tensor],
 ]
 
 BACKENDS: dict[str, Backend] = {
@@ -60,7 +61,7 @@ def native_sparse_attention(
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
         lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
         cu_seqlens: int64 [N + 1], where packed sequences, perhaps empty, begin and end in one row (B = 1, Tq = Tk);
-            neither with `lengths` nor with `compressed`.
+            neither with `lengths` nor with `compressed`. Each takes whole blocks: at most S − 1 rows more.
         compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
         backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
@@ -71,7 +72,7 @@ def native_sparse_attention(
         the sequence in rising order, then −1 where fewer exist. Sums are in fp32, or in fp64 for fp64, under autocast
         too; so are the products, but "triton" rounds means and weights to the dtype of q. Gradients reach q, k, v, the
         gates and `compressed`; none passes through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time
-        and O(Tk + Tq·n) memory for both passes. "triton" is deterministic and never waits but to read `cu_seqlens`.
+        and O(Tk + Tq·n) memory for both passes. "triton" is deterministic and never waits for the device.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device, number or backend does not fit.
@@ -82,44 +83,18 @@ def native_sparse_attention(
     _check_sequences(q, k, lengths, cu_seqlens, compressed)
     run, scale = _backend(backend, q, v, num_blocks), q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q):
-        if cu_seqlens is not None:
-            return _packed(run, q, k, v, gates, block_size, num_blocks, window, cu_seqlens, scale)
-        return run(q, k, v, gates, block_size, num_blocks, window, lengths, compressed, scale)
+        if cu_seqlens is None or len(cu_seqlens) == 2:
+            return run(q, k, v, gates, block_size, num_blocks, window, lengths, None, compressed, scale)
+        packing = Packing.of(cu_seqlens, q.shape[1], block_size)
+        q, k, v, gates = (packing.spread(x) for x in (q, k, v, gates))
+        out, blocks = run(q, k, v, gates, block_size, num_blocks, window, None, packing.begins, None, scale)
+        return packing.gather(out), packing.within(packing.gather(blocks))
 
 
 def _backend(name: str | None, q: Tensor, v: Tensor, num_blocks: int) -> Backend:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend {name!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
     return BACKENDS[name or ("triton" if q.is_cuda and supports(q, v, num_blocks) else "blocked")]
-
-
-# How many sequences there are is known only when it runs.
-@torch.compiler.disable
-def _packed(
-    run: Backend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    block_size: int,
-    num_blocks: int,
-    window: int,
-    cu_seqlens: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Each sequence by itself, so that neither blocks nor windows can reach across."""
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != q.shape[1] or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens must rise from 0 to the length {q.shape[1]}, not {ends}.")
-    parts = []
-    for first, end in pairwise(ends):
-        if first < end:
-            q_part, k_part, v_part, gates_part = (x[:, first:end] for x in (q, k, v, gates))
-            parts.append(run(q_part, k_part, v_part, gates_part, block_size, num_blocks, window, None, None, scale))
-    if not parts:
-        return run(q, k, v, gates, block_size, num_blocks, window, None, None, scale)
-    outputs, blocks = zip(*parts, strict=True)
-    return torch.cat(outputs, dim=1), torch.cat(blocks, dim=1)
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
@@ -178,7 +153,7 @@ def _check_sequences(
     if lengths is not None and (lengths.shape != q.shape[:1] or lengths.device != q.device):
         found = f"{list(lengths.shape)} on {lengths.device}"
         raise ValueError(f"lengths must have the shape {[q.shape[0]]} on {q.device}, not {found}.")
-    can_look = lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
     for length in lengths.tolist() if can_look and lengths is not None else ():
         if not 0 <= length <= k.shape[1]:
             raise ValueError(f"lengths must lie between 0 and the {k.shape[1]} keys, but one is {length}.")
@@ -190,3 +165,8 @@ def _check_sequences(
                 f"cu_seqlens must be [N + 1] offsets into one row of as many queries as keys, but its shape is "
                 f"{list(cu_seqlens.shape)}, q {list(q.shape)} and k {list(k.shape)}."
             )
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}: move them to one device.")
+        ends = cu_seqlens.tolist() if can_look else [0, q.shape[1]]
+        if ends[0] != 0 or ends[-1] != q.shape[1] or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {q.shape[1]}, not {ends}.")

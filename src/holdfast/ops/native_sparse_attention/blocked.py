@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.compressed import compressed_attention
+from holdfast.ops.native_sparse_attention.packing import last_in_window
 from holdfast.ops.native_sparse_attention.selected import selected_attention
 from holdfast.ops.precision import compute_dtype
 from holdfast.ops.retained_attention import retained_attention
@@ -25,6 +26,7 @@ def native_sparse_attention_blocked(
     num_blocks: int,
     window: int,
     lengths: Tensor | None,
+    begins: Tensor | None,
     compressed: tuple[Tensor, Tensor] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -39,10 +41,13 @@ def native_sparse_attention_blocked(
     if compressed is None:
         compressed = block_means(k, complete, block_size), block_means(v, complete, block_size)
     means_k, means_v = (_key_rows(means[:, :complete]) for means in compressed)
-    out_compressed, _, blocks = compressed_attention(rows, means_k, means_v, positions, keys, block_size, num_blocks)
+    out_compressed, _, blocks = compressed_attention(
+        rows, means_k, means_v, positions, begins, keys, block_size, num_blocks
+    )
     whole_k, whole_v = (_key_rows(_whole_blocks(x, block_size)) for x in (k, v))
     out_selected, _ = selected_attention(rows, whole_k, whole_v, positions, blocks, block_size)
-    out_sliding = sliding_attention(q, k, v, window, lengths, scale, exact)
+    until = None if begins is None else last_in_window(begins, window, block_size)
+    out_sliding = sliding_attention(q, k, v, window, lengths, until, scale, exact)
     gates = gates.to(exact)
     out = gates[..., :1] * _by_query(out_compressed, kv_heads).flatten(2, 3)
     out = out + gates[..., 1:2] * _by_query(out_selected, kv_heads).flatten(2, 3)
@@ -72,11 +77,21 @@ def _by_query(rows: Tensor, kv_heads: int) -> Tensor:
 
 
 def sliding_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, lengths: Tensor | None, scale: float, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    lengths: Tensor | None,
+    visible_until: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Attention over the last `window` keys, [B, Tq, H, Dv], of inputs in `dtype`."""
+    """Attention over the last `window` keys, [B, Tq, H, Dv], of inputs in `dtype`.
+
+    `visible_until` [1, Tk, 1], without lengths: that of packed sequences, `last_in_window`.
+    """
     needed = min(q.shape[1] + window - 1, k.shape[1])
-    visible_until, end = None, _common_length(k, lengths)
+    end = _common_length(k, lengths)
     if end is not None and end >= needed:
         k, v = (x[:, end - needed : end] for x in (k, v))
     elif lengths is not None:

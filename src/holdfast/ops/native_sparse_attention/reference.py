@@ -15,6 +15,7 @@ def native_sparse_attention_reference(
     num_blocks: int,
     window: int,
     lengths: Tensor | None,
+    begins: Tensor | None,
     compressed: tuple[Tensor, Tensor] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -33,12 +34,15 @@ def native_sparse_attention_reference(
     j = torch.arange(keys, device=q.device)
     block_end = (torch.arange(complete, device=q.device) + 1) * block_size - 1
 
-    out_compressed, weights = _attend(grouped, means_k, means_v, (block_end <= i).unsqueeze(1), scale)
-    blocks = _most_important(weights.mean(2), i // block_size, -(-keys // block_size), num_blocks)
+    first = torch.zeros_like(i) if begins is None else begins[i // block_size]  # block of the query's sequence
+    of_sequence = (block_end <= i) & (block_end // block_size >= first)
+    out_compressed, weights = _attend(grouped, means_k, means_v, of_sequence.unsqueeze(1), scale)
+    blocks = _most_important(weights.mean(2), i // block_size, first, -(-keys // block_size), num_blocks)
     chosen = (blocks.unsqueeze(3) == (j // block_size).view(-1, 1)).any(-1)  # [B, Hkv, Tq, Tk]
     causal = (j <= i).unsqueeze(1)
     out_selected, _ = _attend(grouped, k.to(exact), v.to(exact), chosen & causal, scale)
-    out_sliding, _ = _attend(grouped, k.to(exact), v.to(exact), causal & (j > i - window).unsqueeze(1), scale)
+    recent = causal & ((j > i - window) & (j >= first * block_size)).unsqueeze(1)
+    out_sliding, _ = _attend(grouped, k.to(exact), v.to(exact), recent, scale)
     outputs = torch.stack([out_compressed, out_selected, out_sliding], dim=-1).flatten(2, 3)
     return (outputs * gates.to(exact).unsqueeze(3)).sum(-1).to(q.dtype), blocks.transpose(1, 2)
 
@@ -52,16 +56,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> t
     return torch.einsum("bhgts,bshd->bthgd", weights, v), weights
 
 
-def _most_important(importance: Tensor, current: Tensor, count: int, num_blocks: int) -> Tensor:
-    """The chosen blocks [B, Hkv, Tq, n] by importance [B, Hkv, Tq, complete] and the queries' own blocks [B, Tq, 1]."""
+def _most_important(importance: Tensor, current: Tensor, first: Tensor, count: int, num_blocks: int) -> Tensor:
+    """The chosen blocks [B, Hkv, Tq, n] by importance [B, Hkv, Tq, complete], the queries' own blocks [B, Tq, 1] and
+    the first ones of their sequences [B, Tq, 1].
+    """
     batch, kv_heads, queries, complete = importance.shape
     number = torch.arange(count, device=importance.device)
-    current = current.unsqueeze(1)
+    current, first = current.unsqueeze(1), first.unsqueeze(1)
     ranked = importance.new_zeros(batch, kv_heads, queries, count)
     ranked[..., :complete] = importance.detach()
-    for place, certain in enumerate((number == 0, number == current - 1, number == current)):
+    for place, certain in enumerate((number == first, number == current - 1, number == current)):
         ranked = torch.where(certain, 2.0 + place, ranked)
-    ranked = ranked.masked_fill(number > current, -1.0)
+    ranked = ranked.masked_fill((number > current) | (number < first), -1.0)
     best = ranked.sort(dim=-1, descending=True, stable=True)
     blocks = best.indices.masked_fill(best.values < 0, count)[..., :num_blocks].sort(dim=-1).values
     blocks = blocks.masked_fill(blocks == count, -1)

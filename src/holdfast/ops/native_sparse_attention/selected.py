@@ -117,10 +117,10 @@ def _tiles(
     """The tiles of queries; None where going block by block is cheaper."""
     if q.shape[1] <= _FEW_QUERIES or q.shape[0] == 0:
         return _gathered_tiles(q, positions, blocks, block_size)
-    # With a mask, half of all keys are read, since the others are in the future.
-    of_block, keys = q.shape[1] * q.shape[2] * block_size, k.shape[1]
-    all_blocks = keys // block_size
-    if of_block * all_blocks / 2 <= of_block * blocks.shape[2] + _VISIT * all_blocks:
+    # With a mask, all blocks are read from the first chosen one to that of the query.
+    reach = (positions // block_size + 1 - blocks[..., 0].clamp(min=0)).float().mean().item()
+    of_block = q.shape[1] * q.shape[2] * block_size
+    if of_block * reach <= of_block * blocks.shape[2] + _VISIT * (k.shape[1] // block_size):
         return _masked_tiles(q, k, positions, blocks, block_size)
     return None
 
@@ -167,7 +167,7 @@ def _gathered_tiles(q: Tensor, positions: Tensor, blocks: Tensor, block_size: in
 
 @dataclass(frozen=True)
 class _Masked:
-    """Queries side by side and all keys up to the last of them."""
+    """Queries side by side and all keys from the first chosen block up to the last of them."""
 
     queries: tuple[slice, slice]
     keys: tuple[slice, slice]
@@ -185,11 +185,12 @@ class _Masked:
 def _masked_tiles(q: Tensor, k: Tensor, positions: Tensor, blocks: Tensor, block_size: int) -> Iterator[_Masked]:
     for rows, queries in tiles(q, k.shape[1]):
         at, chosen = of_tile(positions, rows, queries), blocks[rows, queries]
-        count = max(int(at.max()) // block_size + 1, 1)
+        first = max(int(chosen[..., 0].min()), 0)
+        count = max(int(at.max()) // block_size + 1 - first, 1)
         # Blocks that do not exist fall into a column behind, which is cut off.
         unread = torch.ones(*chosen.shape[:2], count + 1, dtype=torch.bool, device=q.device)
-        unread.scatter_(2, torch.where(chosen < 0, count, chosen), False)
-        end = count * block_size
-        future = torch.arange(end, device=q.device) > at.unsqueeze(2)
+        unread.scatter_(2, torch.where(chosen < 0, count, chosen - first), False)
+        key = slice(first * block_size, (first + count) * block_size)
+        future = torch.arange(key.start, key.stop, device=q.device) > at.unsqueeze(2)
         hidden = unread[..., :count].repeat_interleave(block_size, dim=2) | future
-        yield _Masked((rows, queries), (rows, slice(0, end)), hidden)
+        yield _Masked((rows, queries), (rows, key), hidden)

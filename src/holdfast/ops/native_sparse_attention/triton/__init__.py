@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.blocked import block_means, sliding_attention
+from holdfast.ops.native_sparse_attention.packing import last_in_window
 from holdfast.ops.native_sparse_attention.triton import operators, sizes
 from holdfast.ops.retained_attention.triton import is_available
 from holdfast.ops.retained_attention.triton.sizes import LARGEST_HEAD
@@ -34,6 +35,7 @@ def native_sparse_attention_triton(
     num_blocks: int,
     window: int,
     lengths: Tensor | None,
+    begins: Tensor | None,
     compressed: tuple[Tensor, Tensor] | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -62,14 +64,15 @@ def native_sparse_attention_triton(
     if compressed is None:
         compressed = block_means(k, complete, block_size), block_means(v, complete, block_size)
     means_k, means_v = (means[:, :complete] for means in compressed)
-    if q.shape[1] <= sizes.FEW_QUERIES and not _wants_gradient(q, k, v, gates, means_k, means_v):
+    if begins is None and q.shape[1] <= sizes.FEW_QUERIES and not _wants_gradient(q, k, v, gates, means_k, means_v):
         return operators.step(q, k, v, gates, means_k, means_v, lengths, block_size, num_blocks, window, scale)
     means_k, means_v = means_k.to(q.dtype), means_v.to(q.dtype)
     of_means, _, blocks = operators.compressed_attention(
-        q, means_k, means_v, lengths, keys, block_size, num_blocks, scale
+        q, means_k, means_v, lengths, begins, keys, block_size, num_blocks, scale
     )
-    of_blocks, _ = operators.selected_attention(q, k, v, blocks, lengths, block_size, scale)
-    recent = sliding_attention(q, k, v, window, lengths, scale, q.dtype)
+    of_blocks, _ = operators.selected_attention(q, k, v, blocks, lengths, begins, block_size, scale)
+    until = None if begins is None else last_in_window(begins, window, block_size)
+    recent = sliding_attention(q, k, v, window, lengths, until, scale, q.dtype)
     return operators.gated_sum(gates, of_means, of_blocks, recent), blocks
 
 

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from holdfast.ops.native_sparse_attention.packing import ends_of
 from holdfast.ops.native_sparse_attention.triton.launch import NUMBERS, Shape, options, strides
 from holdfast.ops.native_sparse_attention.triton.segments import Segments
 from holdfast.ops.native_sparse_attention.triton.tiles import (
+    first_blocks,
     first_key,
     head_rows,
     index_before,
@@ -41,6 +43,7 @@ def run_query_gradient(
     v: Tensor,
     blocks: Tensor | None,
     lengths: Tensor | None,
+    begins: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
     shape: Shape,
@@ -53,7 +56,7 @@ def run_query_gradient(
     dq, inner = torch.empty_like(q), torch.empty_like(log_sum)
     with on_device(q):
         query_gradient_kernel[(shape.programs(tile, single=listed),)](
-            *(q, k, v, blocks, lengths, out, grad_out, log_sum, inner, dq),
+            *(q, k, v, blocks, lengths, begins, out, grad_out, log_sum, inner, dq),
             *(scale, scale / math.log(2), *shape.numbers, *strides(k), *strides(v)),
             **shape.constants(tile, single=listed), **options(tile), LISTED=listed,
         )  # fmt: skip
@@ -62,12 +65,12 @@ def run_query_gradient(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def query_gradient_kernel(
-    q, k, v, blocks, lengths, out, grad_out, log_sum, inner, dq, scale, scale_2, queries, keys, kv_heads,
+    q, k, v, blocks, lengths, begins, out, grad_out, log_sum, inner, dq, scale, scale_2, queries, keys, kv_heads,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    LISTED: tl.constexpr,
+    PACKED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Tensors as in `run_query_gradient`."""
     row, position, last, i, _, index, real = query_tile(
@@ -84,14 +87,18 @@ def query_gradient_kernel(
     if LISTED:
         blocks += users_of(row, position, queries, kv_heads) * NUM_BLOCKS
 
-    total = places_until(last, NUM_BLOCKS, BLOCK_SIZE, LISTED)
+    total, begin = places_until(begins, last, NUM_BLOCKS, BLOCK_SIZE, PACKED, LISTED), 0
+    if PACKED and not LISTED:
+        first, begin = first_blocks(begins, i, last, BLOCK_SIZE)
     sums = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
-    for start in range(0, total, BLOCK_N):
+    for start in range(begin, total, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         known = place < total
         j, seen_from = keys_at(place, known, blocks, BLOCK_SIZE, LISTED)
         known &= seen_from <= last
         seen = known[None, :] & (seen_from[None, :] <= i[:, None])
+        if PACKED and not LISTED:
+            seen &= place[None, :] >= first[:, None]
         k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM).to(q_tile.dtype)
         v_tile = load_rows(v, j, v_stride_t * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE).to(q_tile.dtype)
         sums = add_keys(sums, q_tile, grad_tile, k_tile, v_tile, level, mean, seen, scale_2, True, "ieee")
@@ -110,6 +117,7 @@ def run_mean_gradient(
     k: Tensor,
     v: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     log_sum: Tensor,
     inner: Tensor,
     shape: Shape,
@@ -122,7 +130,7 @@ def run_mean_gradient(
         return torch.zeros_like(k), torch.zeros_like(v)
     sizes = (splits, shape.batch, shape.complete, shape.kv_heads)
     dk, dv = (x.new_empty(*sizes, x.shape[3], dtype=torch.float32) for x in (k, v))
-    tables = (None, None, None, None)
+    tables = (None, None, None, None, None if begins is None else ends_of(begins))
     with on_device(q):
         key_gradient_kernel[(shape.rows * -(-shape.complete // tile.keys), splits)](
             *(q, k, v, lengths, grad_out, log_sum, inner, dk, dv, *tables),
@@ -153,7 +161,7 @@ def run_key_gradient(
     with on_device(q):
         key_gradient_kernel[(segments.most, tiles_of_block)](
             *(q, k, v, lengths, grad_out, log_sum, inner, dk_parts, dv_parts),
-            *(segments.order, segments.starts, segments.first, segments.owner),
+            *(segments.order, segments.starts, segments.first, segments.owner, None),
             *(scale, scale / math.log(2), *shape.numbers, *strides(k), *strides(v), segments.size, shape.rows),
             **shape.constants(tile), **options(tile), LISTED=True,
         )  # fmt: skip
@@ -166,15 +174,18 @@ def run_key_gradient(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def key_gradient_kernel(
-    q, k, v, lengths, grad_out, log_sum, inner, dk, dv, order, starts, first, owner, scale, scale_2,
+    q, k, v, lengths, grad_out, log_sum, inner, dk, dv, order, starts, first, owner, ends, scale, scale_2,
     queries, keys, kv_heads, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     segment_size, rows,
     NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    LISTED: tl.constexpr,
+    PACKED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Parts of dk and dv: [segments, S, D] if LISTED, of the users in one segment; else [splits, B, M, Hkv, D]."""
+    """Parts of dk and dv: [segments, S, D] if LISTED, of the users in one segment; else [splits, B, M, Hkv, D].
+
+    ends [M], if PACKED: the first block behind the sequence of each block, whose queries are the last to see it.
+    """
     STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
     if LISTED:
         if tl.load(owner + tl.program_id(0)) >= rows * tl.cdiv(keys, BLOCK_SIZE):
@@ -188,6 +199,9 @@ def key_gradient_kernel(
     before = index_before(row, lengths, queries, keys, kv_heads, HAS_LENGTHS)
     if not LISTED:
         begin, end = tl.maximum(tl.min(seen_from, axis=0) - before, 0) + tl.program_id(1) * STEP, queries
+    if PACKED and not LISTED:
+        seen_until = tl.load(ends + j, mask=known, other=0).to(tl.int32) * BLOCK_SIZE
+        end = tl.max(seen_until, axis=0)
     k = first_key(k, row, kv_heads, k_stride_b, k_stride_h, DIM)
     v = first_key(v, row, kv_heads, v_stride_b, v_stride_h, VALUE_DIM)
     k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM)
@@ -203,6 +217,8 @@ def key_gradient_kernel(
             number = place
             user = users_of(row, number, queries, kv_heads)
         seen = known[:, None] & (seen_from[:, None] <= (before + number)[None, :])
+        if PACKED and not LISTED:
+            seen &= number[None, :] < seen_until[:, None]
         for chunk in tl.static_range(CHUNKS):
             index, real = head_rows(user, place < end, chunk, GROUPS, GROUP_BLOCK, BLOCK_M)
             q_tile = load_rows(q, index, DIM, real, DIM, BLOCK_DIM)

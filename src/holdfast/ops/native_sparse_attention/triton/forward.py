@@ -10,6 +10,8 @@ from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.triton.launch import NUMBERS, Shape, options, strides
 from holdfast.ops.native_sparse_attention.triton.tiles import (
+    NOWHERE,
+    first_blocks,
     first_key,
     head_rows,
     keys_at,
@@ -39,6 +41,7 @@ def run_attend(
     v: Tensor,
     blocks: Tensor | None,
     lengths: Tensor | None,
+    begins: Tensor | None,
     shape: Shape,
     scale: float,
     tile: Tile,
@@ -50,6 +53,7 @@ def run_attend(
     Args:
         q: [B, Tq, H, D], contiguous. k, v: as `by_rows` returns them; means where `blocks` is None.
         blocks: int64 [B, Tq, Hkv, n], rising, −1 where fewer exist.
+        begins: int64 [M], the first block of the sequence of each block, where sequences are packed; without splits.
         splits: None: none, and the output is in the dtype of q.
 
     Returns:
@@ -66,7 +70,8 @@ def run_attend(
     grid = (shape.programs(tile, single=listed), count)
     with on_device(q):
         attend_kernel[grid](
-            *(q, k, v, blocks, lengths, out, log_sum, scale / math.log(2), *shape.numbers, shape.users * shape.groups),
+            *(q, k, v, blocks, lengths, begins, out, log_sum),
+            *(scale / math.log(2), *shape.numbers, shape.users * shape.groups),
             *(*strides(k), *strides(v), each, count if splits is None else splits.count, window),
             **shape.constants(tile, single=listed), **options(tile),
             LISTED=listed, HAS_WINDOW=splits is not None and splits.window > 0,
@@ -76,12 +81,12 @@ def run_attend(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def attend_kernel(
-    q, k, v, blocks, lengths, out, log_sum, scale, queries, keys, kv_heads, size,
+    q, k, v, blocks, lengths, begins, out, log_sum, scale, queries, keys, kv_heads, size,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, each, listed, window,
     NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    LISTED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr, LISTED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Tensors as in `run_attend`; LISTED: the program has one query, whose blocks are given; size = B·Tq·H."""
     row, position, last, i, _, index, real = query_tile(
@@ -94,13 +99,15 @@ def attend_kernel(
         blocks += users_of(row, position, queries, kv_heads) * NUM_BLOCKS
 
     split = tl.program_id(1)
-    begin, total = split * each, places_until(last, NUM_BLOCKS, BLOCK_SIZE, LISTED)
+    begin, total = split * each, places_until(begins, last, NUM_BLOCKS, BLOCK_SIZE, PACKED, LISTED)
     in_blocks = total
     if HAS_WINDOW:
         recent = split >= listed
         begin = tl.where(recent, split - listed, split) * each
         total = tl.where(recent, tl.minimum(window, tl.maximum(last + 1, 0)), total)
         in_blocks = tl.where(recent, 0, total)
+    if PACKED and not LISTED:
+        first, begin = first_blocks(begins, i, last, BLOCK_SIZE)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_of_weights = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
@@ -113,6 +120,8 @@ def attend_kernel(
             seen_from = j
         known &= seen_from <= last
         seen = known[None, :] & (seen_from[None, :] <= i[:, None])
+        if PACKED and not LISTED:
+            seen &= place[None, :] >= first[:, None]
         k_tile = load_rows(k, j, k_stride_t * DIM, known, DIM, BLOCK_DIM).to(q_tile.dtype)
         v_tile = load_rows(v, j, v_stride_t * VALUE_DIM, known, VALUE_DIM, BLOCK_VALUE).to(q_tile.dtype)
         highest, sum_of_weights, sums = attend(
@@ -131,6 +140,7 @@ def run_choose(
     k: Tensor,
     log_sums: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     shape: Shape,
     scale: float,
     tile: Tile,
@@ -139,7 +149,7 @@ def run_choose(
     """The chosen blocks int64 [B, Tq, Hkv, n], in rising order, −1 where fewer exist.
 
     Args:
-        q, k: queries and means of keys as in `run_attend`. log_sums: its second result.
+        q, k, begins: queries and means of keys as in `run_attend`. log_sums: its second result.
     """
     blocks = q.new_empty(*q.shape[:2], shape.kv_heads, shape.num_blocks, dtype=torch.int64)
     group_block = shape.group_block(tile)
@@ -147,22 +157,21 @@ def run_choose(
     constants = {name: value for name, value in shape.constants(tile).items() if "VALUE" not in name}
     with on_device(q):
         choose_kernel[grid](
-            *(q, k, log_sums, lengths, blocks, scale / math.log(2), *shape.numbers, shape.users * shape.groups),
+            *(q, k, log_sums, lengths, begins, blocks),
+            *(scale / math.log(2), *shape.numbers, shape.users * shape.groups),
             *(*strides(k), splits),
             **constants, **options(tile), CHOICE_BLOCK=padded(shape.num_blocks, 2),
         )  # fmt: skip
     return blocks
 
 
-_NOWHERE = tl.constexpr(1 << 30)
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def choose_kernel(
-    q, k, log_sums, lengths, blocks, scale, queries, keys, kv_heads, size, k_stride_b, k_stride_t, k_stride_h, splits,
+    q, k, log_sums, lengths, begins, blocks, scale, queries, keys, kv_heads, size,
+    k_stride_b, k_stride_t, k_stride_h, splits,
     NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, CHOICE_BLOCK: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PACKED: tl.constexpr, CHOICE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tensors as in `run_choose`. Holds the best blocks so far while it computes the importance of all."""
     STEP: tl.constexpr = BLOCK_M // GROUP_BLOCK
@@ -174,12 +183,15 @@ def choose_kernel(
     level = merged_level(log_sums, index, real, size, splits)
     query = position + tl.arange(0, STEP)
     index_of_query = last - tl.minimum(position + STEP, queries) + 1 + query
+    first, begin = tl.zeros([STEP], tl.int32), 0
+    if PACKED:
+        first, begin = first_blocks(begins, index_of_query, last, BLOCK_SIZE)
     slot = tl.arange(0, CHOICE_BLOCK)
     # What is vacant counts as less than nothing; the padding is never the least.
     vacant = tl.where(slot < NUM_BLOCKS, -1.0, float("inf"))
     best = tl.zeros([STEP, CHOICE_BLOCK], tl.float32) + vacant[None, :]
-    chosen = tl.full([STEP, CHOICE_BLOCK], _NOWHERE, tl.int32)
-    for start in range(0, tl.cdiv(tl.maximum(last + 1, 0), BLOCK_SIZE), BLOCK_N):
+    chosen = tl.full([STEP, CHOICE_BLOCK], NOWHERE, tl.int32)
+    for start in range(begin, tl.cdiv(tl.maximum(last + 1, 0), BLOCK_SIZE), BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
         seen_from = (m + 1) * BLOCK_SIZE - 1
         k_tile = load_rows(k, m, k_stride_t * DIM, seen_from <= last, DIM, BLOCK_DIM).to(q_tile.dtype)
@@ -192,23 +204,25 @@ def choose_kernel(
             weights = tl.exp2(dot(q_tile, tl.trans(k_tile), None, "ieee") * scale - level[:, None])
             weights = tl.where(seen_from[None, :] <= i[:, None], weights, 0.0)
             importance += tl.sum(tl.reshape(weights, [STEP, GROUP_BLOCK, BLOCK_N]), axis=1)
-        best, chosen = _keep_best(best, chosen, _ranked(importance, m, index_of_query, BLOCK_SIZE), m, slot)
+        ranked = _ranked(importance, m, index_of_query, first, BLOCK_SIZE)
+        best, chosen = _keep_best(best, chosen, ranked, m, slot)
 
     chosen = tl.sort(chosen, 1)
     target = blocks + users_of(row, query, queries, kv_heads)[:, None] * NUM_BLOCKS + slot[None, :]
     known = (query < queries)[:, None] & (slot < NUM_BLOCKS)[None, :]
-    tl.store(target, tl.where(chosen == _NOWHERE, -1, chosen).to(tl.int64), mask=known)
+    tl.store(target, tl.where(chosen == NOWHERE, -1, chosen).to(tl.int64), mask=known)
 
 
 @triton.jit
-def _ranked(importance, m, i, BLOCK_SIZE: tl.constexpr):
-    """Importance [queries, blocks] with block 0, the previous and the own first, and those to come nowhere."""
+def _ranked(importance, m, i, first, BLOCK_SIZE: tl.constexpr):
+    """Importance [queries, blocks], where the sequence's first, the previous and the own block lead; others nowhere."""
     own = tl.maximum(i, 0) // BLOCK_SIZE
     back = own[:, None] - m[None, :]
-    importance = tl.where(m[None, :] == 0, 1e20, importance)
+    before = m[None, :] < first[:, None]
+    importance = tl.where(m[None, :] == first[:, None], 1e20, importance)
     importance = tl.where(back == 1, 1e30, importance)
     importance = tl.where(back == 0, float("inf"), importance)
-    return tl.where((back < 0) | (i < 0)[:, None], -2.0, importance)
+    return tl.where((back < 0) | before | (i < 0)[:, None], -2.0, importance)
 
 
 @triton.jit
@@ -218,8 +232,8 @@ def _keep_best(best, chosen, importance, m, slot):
     while improving > 0:
         top, least = tl.max(importance, axis=1), tl.min(best, axis=1)
         better = top > least
-        block = tl.min(tl.where(importance == top[:, None], m[None, :], _NOWHERE), axis=1)
-        place = tl.min(tl.where(best == least[:, None], slot[None, :], _NOWHERE), axis=1)
+        block = tl.min(tl.where(importance == top[:, None], m[None, :], NOWHERE), axis=1)
+        place = tl.min(tl.where(best == least[:, None], slot[None, :], NOWHERE), axis=1)
         here = better[:, None] & (slot[None, :] == place[:, None])
         best = tl.where(here, top[:, None], best)
         chosen = tl.where(here, block[:, None], chosen)

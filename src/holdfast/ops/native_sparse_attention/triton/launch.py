@@ -42,14 +42,25 @@ class Shape:
     block_size: int
     num_blocks: int
     has_lengths: bool
+    packed: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, keys: int, block_size: int, num_blocks: int, lengths: Tensor | None) -> Shape:
+    def of(
+        cls,
+        q: Tensor,
+        v: Tensor,
+        keys: int,
+        block_size: int,
+        num_blocks: int,
+        lengths: Tensor | None,
+        begins: Tensor | None = None,
+    ) -> Shape:
         """Of q [B, Tq, H, D] and values or their means [B, any, Hkv, Dv]."""
         batch, queries, heads, dim = q.shape
         kv_heads, value_dim = v.shape[2:]
         groups = heads // kv_heads
-        return cls(batch, queries, keys, kv_heads, groups, dim, value_dim, block_size, num_blocks, lengths is not None)
+        sizes = (batch, queries, keys, kv_heads, groups, dim, value_dim, block_size, num_blocks)
+        return cls(*sizes, has_lengths=lengths is not None, packed=begins is not None)
 
     @property
     def rows(self) -> int:
@@ -106,6 +117,7 @@ class Shape:
             "BLOCK_M": tile.queries,
             "BLOCK_N": tile.keys,
             "HAS_LENGTHS": self.has_lengths,
+            "PACKED": self.packed,
         }
 
 

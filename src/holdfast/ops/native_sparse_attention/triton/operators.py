@@ -19,6 +19,7 @@ def compressed_attention(
     k: Tensor,
     v: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     keys: int,
     block_size: int,
     num_blocks: int,
@@ -28,6 +29,7 @@ def compressed_attention(
 
     Args:
         q: [B, Tq, H, D]. k: [B, M, Hkv, D], the means of M = keys // S blocks. v: [B, M, Hkv, Dv].
+        begins: int64 [M], rising: the first block of the sequence of each block, where Tq = keys; None: block 0.
 
     Returns:
         Output [B, Tq, H, Dv] in the dtype of q, base-2 log-sum-exp fp32 [B, Tq, H] (−∞ where nothing is seen), and
@@ -36,10 +38,10 @@ def compressed_attention(
     from holdfast.ops.native_sparse_attention.triton.forward import run_attend, run_choose
 
     q, k, v = q.contiguous(), by_rows(k), by_rows(v)
-    shape = Shape.of(q, v, keys, block_size, num_blocks, lengths)
-    sizes = _sizes(q, v)
-    out, log_sum = run_attend(q, k, v, None, lengths, shape, scale, sizes.means.forward)
-    return out, log_sum, run_choose(q, k, log_sum, lengths, shape, scale, sizes.choice)
+    shape = Shape.of(q, v, keys, block_size, num_blocks, lengths, begins)
+    sizes = _sizes(q, v, packed=shape.packed)
+    out, log_sum = run_attend(q, k, v, None, lengths, begins, shape, scale, sizes.means.forward)
+    return out, log_sum, run_choose(q, k, log_sum, lengths, begins, shape, scale, sizes.choice)
 
 
 @compressed_attention.register_fake
@@ -48,6 +50,7 @@ def _(
     k: Tensor,
     v: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     keys: int,
     block_size: int,
     num_blocks: int,
@@ -64,6 +67,7 @@ def compressed_attention_backward(
     k: Tensor,
     v: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
     keys: int,
@@ -74,21 +78,30 @@ def compressed_attention_backward(
     from holdfast.ops.native_sparse_attention.triton.backward import mean_splits, run_mean_gradient, run_query_gradient
 
     grad_out, q, k, v = grad_out.contiguous(), q.contiguous(), by_rows(k), by_rows(v)
-    shape, tiles = Shape.of(q, v, keys, block_size, 1, lengths), _sizes(q, v).means
-    dq, inner = run_query_gradient(grad_out, q, k, v, None, lengths, out, log_sum, shape, scale, tiles.of_queries)
+    shape, sequences = Shape.of(q, v, keys, block_size, 1, lengths, begins), (lengths, begins)
+    tiles = _sizes(q, v, packed=shape.packed).means
+    dq, inner = run_query_gradient(grad_out, q, k, v, None, *sequences, out, log_sum, shape, scale, tiles.of_queries)
     splits = mean_splits(shape, tiles.of_keys, q.device)
-    dk, dv = run_mean_gradient(grad_out, q, k, v, lengths, log_sum, inner, shape, scale, tiles.of_keys, splits)
+    dk, dv = run_mean_gradient(grad_out, q, k, v, *sequences, log_sum, inner, shape, scale, tiles.of_keys, splits)
     return dq, dk, dv
 
 
 @torch.library.custom_op("holdfast::nsa_selected", mutates_args=())
 def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Tensor | None, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    lengths: Tensor | None,
+    begins: Tensor | None,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys of chosen blocks.
 
     Args:
         q: [B, Tq, H, D]. k: [B, Tk, Hkv, D]. v: [B, Tk, Hkv, Dv]. blocks: the third result of `compressed_attention`.
+        begins: as there.
 
     Returns:
         Its first two results, of these keys.
@@ -96,13 +109,20 @@ def selected_attention(
     from holdfast.ops.native_sparse_attention.triton.forward import run_attend
 
     q, k, v = q.contiguous(), by_rows(k), by_rows(v)
-    shape = Shape.of(q, v, k.shape[1], block_size, blocks.shape[3], lengths)
-    return run_attend(q, k, v, blocks.contiguous(), lengths, shape, scale, _sizes(q, v).listed)
+    shape = Shape.of(q, v, k.shape[1], block_size, blocks.shape[3], lengths, begins)
+    return run_attend(q, k, v, blocks.contiguous(), lengths, begins, shape, scale, _sizes(q, v).listed)
 
 
 @selected_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, lengths: Tensor | None, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    lengths: Tensor | None,
+    begins: Tensor | None,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _fake_output(q, v), _fake_log_sum(q)
 
@@ -115,6 +135,7 @@ def selected_attention_backward(
     v: Tensor,
     blocks: Tensor,
     lengths: Tensor | None,
+    begins: Tensor | None,
     out: Tensor,
     log_sum: Tensor,
     block_size: int,
@@ -125,8 +146,8 @@ def selected_attention_backward(
     from holdfast.ops.native_sparse_attention.triton.segments import find_segments
 
     grad_out, q, k, v, blocks = grad_out.contiguous(), q.contiguous(), by_rows(k), by_rows(v), blocks.contiguous()
-    shape, sizes = Shape.of(q, v, k.shape[1], block_size, blocks.shape[3], lengths), _sizes(q, v)
-    dq, inner = run_query_gradient(grad_out, q, k, v, blocks, lengths, out, log_sum, shape, scale, sizes.listed)
+    shape, sizes = Shape.of(q, v, k.shape[1], block_size, blocks.shape[3], lengths, begins), _sizes(q, v)
+    dq, inner = run_query_gradient(grad_out, q, k, v, blocks, lengths, begins, out, log_sum, shape, scale, sizes.listed)
     segments = find_segments(blocks, shape)
     dk, dv = run_key_gradient(grad_out, q, k, v, lengths, log_sum, inner, segments, shape, scale, sizes.of_keys)
     return dq, dk, dv
@@ -215,30 +236,30 @@ def _(
 
 
 def _keep_compressed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, lengths, ctx.keys, ctx.block_size, _, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, lengths, *output[:2])
+    q, k, v, lengths, begins, ctx.keys, ctx.block_size, _, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, lengths, begins, *output[:2])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _compressed_gradients(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 8
+        return (None,) * 9
     numbers = (ctx.keys, ctx.block_size, ctx.scale)
-    return *compressed_attention_backward(grad_out, *ctx.saved_tensors, *numbers), *(None,) * 5
+    return *compressed_attention_backward(grad_out, *ctx.saved_tensors, *numbers), *(None,) * 6
 
 
 def _keep_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, blocks, lengths, ctx.block_size, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, blocks, lengths, *output)
+    q, k, v, blocks, lengths, begins, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, blocks, lengths, begins, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _selected_gradients(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 7
-    return *selected_attention_backward(grad_out, *ctx.saved_tensors, ctx.block_size, ctx.scale), *(None,) * 4
+        return (None,) * 8
+    return *selected_attention_backward(grad_out, *ctx.saved_tensors, ctx.block_size, ctx.scale), *(None,) * 5
 
 
 def _keep_branches(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -254,8 +275,8 @@ selected_attention.register_autograd(_selected_gradients, setup_context=_keep_se
 gated_sum.register_autograd(_gated_sum_gradients, setup_context=_keep_branches)
 
 
-def _sizes(q: Tensor, v: Tensor) -> Sizes:
-    return sizes_for(device_kind(q.device), q.dtype, max(q.shape[3], v.shape[3]))
+def _sizes(q: Tensor, v: Tensor, *, packed: bool = False) -> Sizes:
+    return sizes_for(device_kind(q.device), q.dtype, max(q.shape[3], v.shape[3]), packed=packed)
 
 
 def _fake_output(q: Tensor, v: Tensor) -> Tensor:

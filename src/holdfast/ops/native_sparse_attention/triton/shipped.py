@@ -15,7 +15,7 @@ from holdfast.ops.native_sparse_attention.triton.sizes import Tile, sizes_for
 from holdfast.ops.retained_attention.triton.shipped import DTYPES, HEADS, TARGETS
 from holdfast.ops.retained_attention.triton.sizes import padded
 
-_TABLES = dict.fromkeys(("blocks", "lengths", "order", "starts", "first", "owner"), "*i64")
+_TABLES = dict.fromkeys(("blocks", "lengths", "begins", "order", "starts", "first", "owner", "ends"), "*i64")
 _SUMS = dict.fromkeys(("log_sum", "log_sums", "inner"), "*fp32")
 _SCALARS = dict.fromkeys(("scale", "scale_2"), "fp32") | dict.fromkeys(NUMBERS, "i32")
 _FP32_PARTS = dict.fromkeys(("dk", "dv", "dk_parts", "dv_parts"), "*fp32")
@@ -42,30 +42,34 @@ def _attention_kernels(kind: str, targets: tuple[str, ...], dtype: torch.dtype, 
     shape, sizes = _shape(dim), sizes_for(kind, dtype, dim)
     single = shape.single(sizes.listed)
 
-    def shipped(name: str, kernel: Any, tile: Tile, types: dict[str, str], **constants: Any) -> ShippedKernel:
-        fixed = shape.constants(tile, single=constants.get("LISTED", False)) | constants
-        absent = {"blocks": None} if constants.get("LISTED") is False else {}
-        if kernel is backward.key_gradient_kernel and not constants["LISTED"]:
-            absent = dict.fromkeys(("order", "starts", "first", "owner"))
+    def shipped(
+        name: str, kernel: Any, tile: Tile, types: dict[str, str], *, packed: bool = False, **constants: Any
+    ) -> ShippedKernel:
+        of = replace(shape, has_lengths=not packed, packed=packed)
+        fixed = of.constants(tile, single=constants.get("LISTED", False)) | constants
+        absent = dict.fromkeys(["lengths"] if packed else ["begins", "ends"])
+        if constants.get("LISTED") is False:
+            absent |= dict.fromkeys(("blocks", "order", "starts", "first", "owner"))
         return _shipped(f"{name}/{DTYPES[dtype]}/{dim}", kernel, tile, DTYPES[dtype], types, fixed | absent, targets)
 
     attend, choose = forward.attend_kernel, forward.choose_kernel
     step_types = _FP32_MEANS | {"out": "*fp32"}
-    choice = {"CHOICE_BLOCK": padded(shape.num_blocks, 2)}
-    yield shipped("attend_means", attend, sizes.means.forward, {}, LISTED=False, HAS_WINDOW=False)
-    yield shipped("attend_blocks", attend, single, {}, LISTED=True, HAS_WINDOW=False)
-    yield shipped("choose", choose, sizes.choice, {}, **choice)
+    choice: dict[str, Any] = {"CHOICE_BLOCK": padded(shape.num_blocks, 2)}
     yield shipped("step_means", attend, single, step_types, LISTED=False, HAS_WINDOW=False)
     yield shipped("step_blocks", attend, single, {"out": "*fp32"}, LISTED=True, HAS_WINDOW=True)
     few = shape.single(replace(sizes.choice, queries=sizes.listed.queries))
     yield shipped("step_choose", choose, few, _FP32_MEANS, **choice)
-    yield shipped("query_gradient_means", backward.query_gradient_kernel, sizes.means.of_queries, {}, LISTED=False)
-    yield shipped("query_gradient_blocks", backward.query_gradient_kernel, single, {}, LISTED=True)
-    for name, tile, listed in (
-        ("means", sizes.means.of_keys, False),
-        ("blocks", shape.within_block(sizes.of_keys), True),
-    ):
-        yield shipped(f"key_gradient_{name}", backward.key_gradient_kernel, tile, _FP32_PARTS, LISTED=listed)
+    of_queries, of_keys = backward.query_gradient_kernel, backward.key_gradient_kernel
+    yield shipped("key_gradient_blocks", of_keys, shape.within_block(sizes.of_keys), _FP32_PARTS, LISTED=True)
+    for suffix, packed in (("", False), ("_packed", True)):
+        of = sizes_for(kind, dtype, dim, packed=packed)
+        means = of.means
+        yield shipped(f"attend_means{suffix}", attend, means.forward, {}, packed=packed, LISTED=False, HAS_WINDOW=False)
+        yield shipped(f"attend_blocks{suffix}", attend, single, {}, packed=packed, LISTED=True, HAS_WINDOW=False)
+        yield shipped(f"choose{suffix}", choose, of.choice, {}, packed=packed, **choice)
+        yield shipped(f"query_gradient_means{suffix}", of_queries, means.of_queries, {}, packed=packed, LISTED=False)
+        yield shipped(f"query_gradient_blocks{suffix}", of_queries, single, {}, packed=packed, LISTED=True)
+        yield shipped(f"key_gradient_means{suffix}", of_keys, means.of_keys, _FP32_PARTS, packed=packed, LISTED=False)
 
 
 def _sums(dtype: torch.dtype, dim: int) -> Iterator[ShippedKernel]:

@@ -48,7 +48,13 @@ _OF_KEYS = {
 }
 
 
-def sizes_for(kind: str, dtype: torch.dtype, dim: int) -> Sizes:
+# Where these tiles would spill for packed sequences, because the first block of every query takes registers too.
+_PACKED_FORWARD = {("medium", 4, 64): Tile(32, 32, 8, 1)}
+_PACKED_OF_KEYS = {("medium", 4, 128): Tile(16, 32, 8, 2)}
+_PACKED_CHOICE = {("large", 2, 64): Tile(64, 64, 4, 2)}
+
+
+def sizes_for(kind: str, dtype: torch.dtype, dim: int, *, packed: bool = False) -> Sizes:
     """For heads of `dim` channels, the larger of those of keys and values, on a device of `kind` (`device_kind`)."""
     # Exact float32 needs the smaller tiles of the A100 on later devices too, lest it spill.
     found = tiles_for("medium" if kind == "large" and dtype.itemsize == 4 else kind, dtype, dim)
@@ -58,5 +64,9 @@ def sizes_for(kind: str, dtype: torch.dtype, dim: int) -> Sizes:
     )
     if kind == "small":
         listed, choice = (replace(tile, num_stages=1) for tile in (listed, choice))
-    of_keys = _OF_KEYS.get((kind, dtype.itemsize, padded(dim, 64)), found.of_keys)
+    case = (kind, dtype.itemsize, padded(dim, 64))
+    of_keys = _OF_KEYS.get(case, found.of_keys)
+    if packed:
+        forward, of_means = _PACKED_FORWARD.get(case, found.forward), _PACKED_OF_KEYS.get(case, found.of_keys)
+        found, choice = replace(found, forward=forward, of_keys=of_means), _PACKED_CHOICE.get(case, choice)
     return Sizes(found, of_keys, listed, choice)

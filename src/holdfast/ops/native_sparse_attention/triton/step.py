@@ -29,7 +29,7 @@ def run_step(
     """Output and chosen blocks, as the operator `step` returns them; `programs` at once, None: as the device hides."""
     programs = programs or programs_of(q.device)
     of_means, of_keys = divide(shape, window, sizes.listed, programs)
-    shared = (lengths, shape, scale)
+    shared = (lengths, None, shape, scale)
     compressed, compressed_logs = run_attend(q, means_k, means_v, None, *shared, shape.single(sizes.listed), of_means)
     choice = shape.single(replace(sizes.choice, queries=sizes.listed.queries))
     blocks = run_choose(q, means_k, compressed_logs, *shared, choice, of_means.count)

@@ -5,11 +5,14 @@ G query heads of a user stand side by side in a tile of BLOCK_M rows, padded to 
 tiles. Queries, gates and outputs are contiguous; keys and means have strides, counted in rows of D elements.
 
 Keys are walked over by *place*. LISTED: the place in the chosen blocks of one query, one behind the other. Else: the
-number of a block, whose mean is the key. A mean is seen from the last query of its block on.
+number of a block, whose mean is the key. A mean is seen from the last query of its block on; PACKED: by the queries of
+its own sequence, `begins` [M] being the first block of the sequence of each block.
 """
 
 import triton
 import triton.language as tl
+
+NOWHERE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -63,9 +66,20 @@ def first_key(keys, row, kv_heads, stride_b, stride_h, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def places_until(last, NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, LISTED: tl.constexpr):
+def first_blocks(begins, i, last, BLOCK_SIZE: tl.constexpr):
+    """The first block of the sequence of each packed query of the index i <= last, and the least of these blocks."""
+    first = tl.load(begins + i // BLOCK_SIZE, mask=i <= last, other=NOWHERE).to(tl.int32)
+    return first, tl.min(first, axis=0)
+
+
+@triton.jit
+def places_until(
+    begins, last, NUM_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr
+):
     """How many places the query of the index `last` walks over."""
     seen = tl.maximum(last + 1, 0)
+    if PACKED and LISTED:
+        seen -= tl.load(begins + last // BLOCK_SIZE).to(tl.int32) * BLOCK_SIZE
     return tl.minimum(tl.cdiv(seen, BLOCK_SIZE), NUM_BLOCKS) * BLOCK_SIZE if LISTED else seen // BLOCK_SIZE
 
 

@@ -1,0 +1,71 @@
+"""Packed sequences in one row: each is moved to the beginning of a block, so that no block has tokens of two.
+
+Which sequence a block belongs to is then a table of a number per block, `begins`: the first block of its sequence. It
+rises, and all else follows from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Where the T tokens of packed sequences stand in a row of M blocks."""
+
+    place: Tensor  # int64 [T], rising
+    begins: Tensor  # int64 [M]
+    block_size: int
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, length: int, block_size: int) -> Packing:
+        """For sequences that begin and end at cu_seqlens [N + 1] in a row of `length` tokens. Never waits for a device.
+
+        M is as large as it can be, length // S + N, but where looking is free: there as small as it may be.
+        """
+        sizes = cu_seqlens.diff()
+        blocks = (sizes + block_size - 1) // block_size
+        ends = blocks.cumsum(0)
+        first = ends - blocks
+        token = torch.arange(length, device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        place = first[sequence] * block_size + token - cu_seqlens[sequence]
+        can_look = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        count = int(ends[-1]) if can_look else length // block_size + len(sizes)
+        number = torch.arange(count, device=cu_seqlens.device)
+        owner = torch.searchsorted(ends, number, right=True).clamp(max=len(sizes) - 1)
+        # A block behind the last sequence is one of its own, so that nothing is computed for it but itself.
+        return cls(place, torch.where(number < ends[-1], first[owner], number), block_size)
+
+    @property
+    def rows(self) -> int:
+        """Tokens and gaps."""
+        return len(self.begins) * self.block_size
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[1, T, ...] → [1, M·S, ...], with zeros in the gaps."""
+        if self.rows == x.shape[1]:
+            return x
+        return x.new_zeros(1, self.rows, *x.shape[2:]).index_copy(1, self.place, x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[1, M·S, ...] → [1, T, ...]."""
+        return x if self.rows == len(self.place) else x.index_select(1, self.place)
+
+    def within(self, blocks: Tensor) -> Tensor:
+        """Chosen blocks [1, T, Hkv, n], numbered in the row, by their numbers in the sequence; −1 stays."""
+        first = self.begins[self.place // self.block_size].view(1, -1, 1, 1)
+        return torch.where(blocks < 0, blocks, blocks - first)
+
+
+def ends_of(begins: Tensor) -> Tensor:
+    """The first block after the sequence of each block, [M]."""
+    return torch.searchsorted(begins, begins, right=True)
+
+
+def last_in_window(begins: Tensor, window: int, block_size: int) -> Tensor:
+    """The index of the last query that sees each key in its window, int64 [1, M·S, 1]."""
+    last = (ends_of(begins) * block_size - 1).repeat_interleave(block_size)
+    return torch.minimum(torch.arange(len(last), device=last.device) + window - 1, last).view(1, -1, 1)
