@@ -1,16 +1,23 @@
-"""Which tokenizers an evaluation takes."""
+"""Which tokenizers an evaluation takes, and what continues a prompt."""
+
+from pathlib import Path
 
 import pytest
 from listener import config
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+from holdfast.cli import main
 from holdfast.data.recall import RecallSample
 from holdfast.data.text import byte_tokenizer
-from holdfast.evaluation.limits import check_tokenizer
+from holdfast.evaluation.limits import check_prompts, check_tokenizer
 from holdfast.evaluation.recall import evaluate_recall
+from passes import ModelFactory
 
 
-def tokenizer_with(template: str) -> object:
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     """One of bytes whose post-processor puts the end token where the template says."""
     tokenizer = byte_tokenizer()
     end = tokenizer.eos_token
@@ -35,3 +42,25 @@ def test_no_prompt_is_asked_with_a_token_behind_it() -> None:
 
     with pytest.raises(ValueError, match="behind every text"):
         evaluate_recall(Model(), tokenizer_with("$A END"), [RecallSample("It is", ("so",))], progress=False)
+
+
+def test_a_prompt_may_be_of_any_language() -> None:
+    """A tokenizer that writes nothing of English puts nothing behind a text either."""
+    tokenizer = tokenizer_with("END $A")
+    tokenizer.backend_tokenizer.normalizer = Replace(Regex("[ -~]"), "")
+    assert tokenizer("The key is 7.").input_ids == [tokenizer.eos_token_id]
+    check_prompts(tokenizer)
+
+
+def test_no_prompt_is_continued_with_a_token_behind_it(
+    small_model: ModelFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("gated_deltanet", vocab_size=259).save_pretrained(tmp_path)
+    tokenizer_with("END $A").save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "Kelp", "--max-new-tokens", "2"]) == 0
+    assert "Kelp" in capsys.readouterr().out
+    tokenizer_with("$A END").save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "Kelp", "--max-new-tokens", "2"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"tokenizer of {tmp_path} puts '<|eos|>' behind every text" in shown.err

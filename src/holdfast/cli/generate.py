@@ -14,6 +14,7 @@ from rich.table import Table
 
 from holdfast.cli.common import error_console, format_bytes, model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
+from holdfast.cli.evaluate.common import usage_errors
 from holdfast.cli.parsing import parse
 
 DESCRIPTION = """\
@@ -114,8 +115,11 @@ def _continue_text(settings: Generate, directory: Path) -> None:
 
     from holdfast.cache import HybridCache
     from holdfast.data.text import load_tokenizer
+    from holdfast.evaluation.limits import check_prompts
 
     tokenizer = load_tokenizer(directory)
+    with usage_errors():
+        check_prompts(tokenizer, name=str(directory))
     model = read_model(directory, settings.dtype)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():

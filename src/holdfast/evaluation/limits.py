@@ -1,10 +1,10 @@
-"""What an evaluation refuses before it begins: contexts that a model was not told of, tokenizers of another model."""
+"""What is refused at once: contexts that a model was not told of, tokenizers that do not fit it or a prompt."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_length", "check_tokenizer"]
+__all__ = ["check_length", "check_prompts", "check_tokenizer"]
 
 
 def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = "the model") -> None:
@@ -49,8 +49,23 @@ def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: 
     written = tokenizer("The key is 7.").input_ids
     if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
         raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")
+    check_prompts(tokenizer, name=name)
+
+
+def check_prompts(tokenizer: Any, *, name: str = "the model") -> None:
+    """Refuse a tokenizer that puts a token behind every text: a prompt would end in it, and the model continue what has
+    ended. One before the text, such as that of its beginning, is welcome.
+
+    Args:
+        tokenizer: of the model.
+        name: of the model, for the error.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    written = tokenizer("The key is 7.").input_ids
     plain = tokenizer("The key is 7.", add_special_tokens=False).input_ids
-    if written[-len(plain) :] != plain:  # one before the text, such as that of its beginning, is welcome
+    if written[len(written) - len(plain) :] != plain:
         raise ValueError(
             f"the tokenizer of {name} puts {tokenizer.decode(written[-1:])!r} behind every text, so that no prompt "
             "could be continued; give one whose post-processor (in tokenizer.json) puts nothing there."
