@@ -103,6 +103,26 @@ def test_generation_in_batches_of_different_lengths(harness: Any, checkpoint: Pa
         assert text == tokenizer.decode(new, skip_special_tokens=True)
 
 
+def test_a_prompt_is_encoded_once_to_be_counted_and_sorted(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness encodes it once more, in its batch."""
+    encoded: list[str] = []
+    encode = harness.tokenizer.encode
+
+    def counting(text: str, **options: Any) -> list[int]:
+        encoded.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(harness.tokenizer, "encode", counting)
+    prompts = [context for context, _ in PAIRS]
+    settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
+    asked = [(prompt, dict(settings)) for prompt in [*prompts, *prompts]]
+    found = harness.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert found[:4] == found[4:]
+    assert sorted(text for text in encoded if text in prompts) == sorted(prompts)
+    harness.tok_encode(prompts[0])  # nothing is kept
+    assert encoded.count(prompts[0]) == 2
+
+
 def test_no_request_is_cut_unasked(harness: Any) -> None:
     """The model was trained on 64 tokens, which are bytes here."""
     settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}

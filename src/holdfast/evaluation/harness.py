@@ -10,7 +10,8 @@ beginning off a request that is longer than the model was trained on, where this
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval._cli import HarnessCLI
@@ -38,6 +39,8 @@ class HoldfastLM(HFLM):
     """
 
     AUTO_MODEL_CLASS = HybridForCausalLM
+    _counted: Mapping[str, Sequence[int]] = {}
+    """Tokens of the prompts that are being continued, as they were counted."""
 
     def _get_config(self, pretrained: str, *, revision: str = "main", **_: Any) -> None:
         self._config = HybridConfig.from_pretrained(pretrained, revision=revision)
@@ -55,13 +58,25 @@ class HoldfastLM(HFLM):
         Raises:
             ValueError: a prompt and its answer are longer than the model was trained on, and no `max_length` was given.
         """
-        if not self._max_length:  # before the first is generated: what comes later would be lost after hours
-            self._refuse_cutting(max((self._generation_tokens(request) for request in requests), default=0))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        if self._max_length:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        # Arrays: lists of numbers would take ten times the memory of the text.
+        self._counted = {prompt: array("i", self.tok_encode(prompt)) for prompt in {r.args[0] for r in requests}}
+        try:  # before the first is generated: what comes later would be lost after hours
+            self._refuse_cutting(max(map(self._generation_tokens, requests), default=0))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._counted = {}
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """The tokens of a text, as the harness has them; it sorts prompts by them, which need no second encoding."""
+        if string in self._counted and not args and not options:
+            return list(self._counted[string])
+        return super().tok_encode(string, *args, **options)
 
     def _generation_tokens(self, request: Instance) -> int:
         prompt, settings = request.args
-        return len(self.tok_encode(prompt)) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        return len(self._counted[prompt]) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
 
     def _refuse_cutting(self, tokens: int) -> None:
         """Refuse a request of so many tokens, those to generate included, that the harness would cut unasked."""
