@@ -61,6 +61,35 @@ def test_it_is_evaluated_by_its_name(hub: list[dict[str, Any]], tmp_path: Path) 
     assert list(json.loads(output.read_text())["models"]) == ["someone/small"]
 
 
+def test_its_costs_are_told_without_its_weights(
+    hub: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cost.json"
+    assert main(["info", "needle-gdn", "someone/small@v1.0", "--json", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert list(written) == ["needle-gdn", "someone/small@v1.0"]
+    assert "training" in written["needle-gdn"]
+    assert "training" not in written["someone/small@v1.0"]
+    assert written["someone/small@v1.0"]["total_parameters"] > 0
+    assert [(call["model"], call["revision"], call["allow_patterns"]) for call in hub] == [
+        ("someone/small", "v1.0", ["config.json"])
+    ]
+    assert capsys.readouterr().err.count("taking the model someone/small of the Hugging Face hub") == 1
+    main(["info", "--help"])
+    assert "OWNER/NAME[@REVISION]" in capsys.readouterr().out
+
+
+def test_what_info_does_not_find(hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "someone/else"]) == 2
+    assert "There is no model directory someone/else, and the hub cannot be reached" in capsys.readouterr().err
+    assert len(hub) == 1
+    assert main(["info", "absent/recipe.toml"]) == 2
+    assert "There is no recipe file absent/recipe.toml" in capsys.readouterr().err
+    assert main(["info", "needle-lalt"]) == 2
+    assert "There is no recipe 'needle-lalt' (did you mean 'needle-lalte'?)" in capsys.readouterr().err
+    assert len(hub) == 1
+
+
 def test_what_the_hub_does_not_give_is_one_clear_line(
     hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,8 +74,12 @@ def read_recipe(name: str) -> Recipe:
         raise UsageError(str(error)) from error
 
 
-def model_directory(name: str) -> Path:
+def model_directory(name: str, *, weights: bool = True) -> Path:
     """The directory with the saved model `name`: a path, or a model on the hub, OWNER/NAME[@REVISION].
+
+    Args:
+        name: of the model.
+        weights: whether they are read; of a model on the hub they are else not downloaded.
 
     Raises:
         UsageError: if there is no model.
@@ -84,7 +88,7 @@ def model_directory(name: str) -> Path:
     if not directory.is_dir():
         if not is_hub_name(name):
             raise UsageError(f"There is no model directory {name}; give one that `holdfast train` or `convert` wrote.")
-        directory = fetch_model(name)
+        directory = fetch_model(name, weights=weights)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
     return directory

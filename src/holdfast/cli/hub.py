@@ -13,6 +13,7 @@ __all__ = ["fetch_model", "hub_name", "is_hub_name"]
 _NAME = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?")
 # Of the repository's own folder: below it lie checkpoints and other formats. No pickled weights, which nothing reads.
 _FILES = ("*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "recipe.toml")
+_CONFIGURATION = ("config.json",)
 _NOT = ("*/*",)
 
 
@@ -21,10 +22,14 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, *, weights: bool = True) -> Path:
     """The directory in the hub's cache that holds the model `name`, downloaded where it is not there yet.
 
     It says so on standard error: a mistyped path can be somebody's model.
+
+    Args:
+        name: OWNER/NAME or OWNER/NAME@REVISION.
+        weights: False downloads its configuration alone.
 
     Raises:
         UsageError: if the hub has no such model or cannot be reached.
@@ -37,9 +42,8 @@ def fetch_model(name: str) -> Path:
     model, revision = found["model"], found["revision"]
     print(f"There is no directory {name}; taking the model {model} of the Hugging Face hub.", file=sys.stderr)
     try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_NOT))
-        )
+        files = list(_FILES if weights else _CONFIGURATION)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=list(_NOT)))
     except LocalEntryNotFoundError as error:
         raise UsageError(
             f"There is no model directory {name}, and the hub cannot be reached; give a directory, or try again online."

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import format_bytes, format_count, output_console, read_recipe
+from holdfast.cli.common import format_bytes, format_count, model_directory, output_console, read_recipe
 from holdfast.cli.errors import UsageError
+from holdfast.cli.hub import is_hub_name
 from holdfast.cli.parsing import parse
 from holdfast.files import write_json
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Show what models cost: parameters by part, operations per token, bytes of cache by context length, and for recipes what
-training takes. Nothing is allocated.
+training takes. Nothing is allocated, and of a model on the hub, OWNER/NAME[@REVISION], no weights are downloaded.
 
 examples:
   holdfast info gdn-lte-1.4b
   holdfast info gdn-lte-1.4b gdn-swa-1.4b gdn-attn-1.4b
   holdfast info runs/needle-lalte --dtype float32 --json cost.json
+  holdfast info Idiap/gated-deltanet-lte-0.4B-10B gdn-attn-1.4b
 """
 
 
@@ -36,7 +38,7 @@ class Info:
     """Show what models cost."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Names or paths of recipes, or model directories, side by side."""
+    """Names or paths of recipes, or model directories or models on the hub (OWNER/NAME[@REVISION]), side by side."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """That the model computes in; the cache's keys and values have it."""
     batch_size: int = 1
@@ -57,10 +59,12 @@ def run(arguments: Sequence[str]) -> None:
     from holdfast.training.cost import describe_training
 
     dtype = getattr(torch, settings.dtype)
+    directories = {name: _directory(name) for name in settings.models}
     costs = {
-        name: describe_cost(_read_config(name), dtype=dtype, batch_size=settings.batch_size) for name in settings.models
+        name: describe_cost(_read_config(name, directory), dtype=dtype, batch_size=settings.batch_size)
+        for name, directory in directories.items()
     }
-    recipes = {name: read_recipe(name) for name in settings.models if not Path(name).is_dir()}
+    recipes = {name: read_recipe(name) for name, directory in directories.items() if directory is None}
     training = {name: describe_training(recipe) for name, recipe in recipes.items()}
     _show(costs)
     if training:
@@ -70,15 +74,23 @@ def run(arguments: Sequence[str]) -> None:
         write_json(settings.json, numbers | {n: numbers[n] | {"training": c.to_dict()} for n, c in training.items()})
 
 
-def _read_config(name: str) -> HybridConfig:
+def _directory(name: str) -> Path | None:
+    """The directory of a model, be it on the hub; None where `name` is a recipe's."""
+    if Path(name).is_dir():
+        return Path(name)
+    is_model = is_hub_name(name) and Path(name).suffix != ".toml"
+    return model_directory(name, weights=False) if is_model else None
+
+
+def _read_config(name: str, directory: Path | None) -> HybridConfig:
     from holdfast.configuration import HybridConfig
 
-    if not Path(name).is_dir():
+    if directory is None:
         return read_recipe(name).build_config()
-    if (Path(name) / "config.json").is_file():
-        return HybridConfig.from_pretrained(name)
-    if (Path(name) / "recipe.toml").is_file():  # a run that has not finished
-        return read_recipe(str(Path(name) / "recipe.toml")).build_config()
+    if (directory / "config.json").is_file():
+        return HybridConfig.from_pretrained(directory)
+    if (directory / "recipe.toml").is_file():  # a run that has not finished
+        return read_recipe(str(directory / "recipe.toml")).build_config()
     raise UsageError(f"{name} holds neither a config.json nor a recipe.toml; give a recipe or a model directory.")
 
 
