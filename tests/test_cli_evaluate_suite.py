@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from holdfast import HybridForCausalLM
+from holdfast import HybridCache, HybridForCausalLM
+from holdfast.bench.models import Holdfast
 from holdfast.cli import main
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
@@ -81,6 +83,36 @@ def test_efficiency_of_trained_models(models: Path, capsys: pytest.CaptureFixtur
     assert [entry["resumed"] for entry in again.values()] == [4, 4]
 
 
+def test_efficiency_on_text(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text is the same measurement, another one is not; what is held is what it makes the scorers keep."""
+    read: list[list[int]] = []
+    prefill = Holdfast.prefill
+
+    def noting(model: Holdfast, ids: Tensor, chunk: int) -> HybridCache:
+        read.append(ids.flatten().tolist())
+        return prefill(model, ids, chunk)
+
+    monkeypatch.setattr(Holdfast, "prefill", noting)
+    text, out = models / "text.txt", models / "costs.json"
+    argv = ["evaluate", "efficiency", str(models / "text"), *QUICK, "--data", str(text), "--json", str(out)]
+    assert main(argv) == 0
+    said = [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in read if len(ids) == 40]
+    assert said
+    assert all(words.startswith("It was the best of times, it was the ") for words in said)
+    shown = capsys.readouterr().out
+    assert "held per head" in shown
+    assert "random" not in shown
+    assert json.loads(out.read_text())["settings"]["data"] == "text.txt"
+    for words, resumed in (("", 2), ("Another text. " * 9, 0)):
+        if words:
+            text.write_text(words)
+        assert main(argv) == 0
+        assert json.loads(out.read_text())["models"]["text"]["resumed"] == resumed
+    capsys.readouterr()
+    assert main([*argv, "--contexts", "900"]) == 2
+    assert "give more text" in capsys.readouterr().err
+
+
 def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
     argv = ["evaluate", "efficiency", "--size", "tiny", *QUICK, "--contexts", "24", "--json", str(out)]
@@ -102,6 +134,8 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["efficiency", "--pareto", "p.png"], "--pareto and --accuracy go together"),
         (["efficiency", "--pareto", "p.png", "--accuracy", "a.json"], "needs trained models"),
         (["efficiency", "--plot", "p.bmp"], "--plot is p.bmp"),
+        (["efficiency", "--data", "text.txt"], "--data is text for trained models to read; name them"),
+        (["efficiency", "m", "--split", "test"], "--split is of --data"),
         (["efficiency", "m", "--pareto", "p.bmp", "--accuracy", "a.json"], "--pareto is p.bmp"),
         (["all"], "Give at least one model directory"),
         (["all", "nowhere"], "There is no model directory nowhere"),

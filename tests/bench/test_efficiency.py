@@ -196,6 +196,13 @@ def test_what_cannot_be_measured_is_named(subjects: list[Subject], monkeypatch: 
         plot_costs({"GDN": slow}, "never.png")
 
 
+def test_a_text_that_is_too_short_is_refused_before_anything_is_measured(subjects: list[Subject]) -> None:
+    for shape in ((2, 70), (3, 69)):
+        short = dataclasses.replace(subjects[0], text=torch.zeros(shape, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"the text for GDN is .* too little for 3 x 70"):
+            measured([short], PLAN)
+
+
 def test_peak_memory_holds_the_cache(subjects: list[Subject]) -> None:
     plan = EfficiencyPlan(contexts=(1500,), batch_sizes=(16,), steps=1, repeats=1, chunk=512)
     (cost,) = measured(subjects[3:], plan)["full attention"].costs

@@ -7,6 +7,7 @@ one as to another.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,10 +74,23 @@ class EfficiencyPlan:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: saved in a directory, or new and untrained."""
+    """A model to measure: saved in a directory, or new and untrained.
+
+    Attributes:
+        name: in tables.
+        source: directory or configuration.
+        text: int64 [rows, T], what it reads, at least as many rows and tokens as are measured; None: random tokens.
+    """
 
     name: str
     source: Path | HybridConfig
+    text: torch.Tensor | None = None
+
+    def log_key(self) -> dict[str, str]:
+        """What names the text in a log of measurements."""
+        if self.text is None:
+            return {}
+        return {"text": hashlib.sha256(self.text.numpy().tobytes()).hexdigest()}
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Holdfast:
         """The model, in evaluation mode; random weights come from PyTorch's generator."""
@@ -110,7 +124,17 @@ def measure_efficiency(
 
     Returns:
         Costs by name. A model's weights are loaded once, and all are held at the same time.
+
+    Raises:
+        ValueError: if a text is too short.
     """
+    texts = {subject.name: subject.text for subject in subjects if subject.text is not None}
+    for name, text in texts.items():
+        if text.shape[0] < max(plan.batch_sizes) or text.shape[1] < max(plan.contexts):
+            raise ValueError(
+                f"the text for {name} is {text.shape[0]} x {text.shape[1]:,} tokens, too little for "
+                f"{max(plan.batch_sizes)} x {max(plan.contexts):,}; give more text, or measure less."
+            )
     torch.manual_seed(plan.seed)
     models = {subject.name: subject.load(device, dtype) for subject in subjects}
     known = {name: _Known(SampleLog(None, {}) if logs is None else logs[name]) for name in models}
@@ -119,7 +143,7 @@ def measure_efficiency(
     with torch.no_grad():
         for number, (context, batch) in enumerate(places, start=1):
             where = f"{context:,} tokens × {batch} ({number} of {len(places)})"
-            group = _Group(plan, context, batch, where, device, progress, pace)
+            group = _Group(plan, context, batch, where, device, progress, pace, texts)
             for name, cost in group.measure(_to_measure(group, subjects, models, known)).items():
                 known[name].keep(cost)
             if plan.memory:  # after all speeds are kept: a peak may be what ends this process
@@ -205,6 +229,8 @@ class _Group:
     progress: bool
     pace: dict[tuple[str, int], Pace]
     """By model and batch size."""
+    texts: Mapping[str, torch.Tensor]
+    """By model, where it reads text."""
 
     @property
     def name(self) -> str:
@@ -280,7 +306,11 @@ class _Group:
 
     def _reading(self, model: Holdfast, caches: dict[str, HybridCache]) -> Variant:
         """A reading that leaves its cache in `caches`."""
-        ids = model.random_ids(self.batch, self.context)
+        text = self.texts.get(model.name)
+        if text is None:
+            ids = model.random_ids(self.batch, self.context)
+        else:
+            ids = text[: self.batch, : self.context].to(self.device)
 
         def read() -> None:
             caches[model.name] = model.prefill(ids, self.plan.chunk)

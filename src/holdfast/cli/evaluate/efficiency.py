@@ -19,13 +19,17 @@ from holdfast.cli.evaluate.common import (
     check_picture,
     model_directories,
     open_log,
+    read_text_models,
     require_positive,
     shown_names,
     usage_errors,
     write_results,
 )
+from holdfast.cli.evaluate.perplexity import TextBlocks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from holdfast.bench.accuracy import Accuracy
     from holdfast.bench.costs import Cost, ModelCosts
     from holdfast.bench.efficiency import EfficiencyPlan, Subject
@@ -41,6 +45,7 @@ UNTRAINED = (
     "Untrained models that read random tokens: what laLTE holds is the capacity of its store, not what a trained "
     "scorer would keep."
 )
+RANDOM = "The models read random tokens; of text (--data) they may keep more or less."
 MODELS = "models (heads of softmax attention: of queries, and KV of keys and values)"
 
 
@@ -57,6 +62,12 @@ class Efficiency:
     """Directories of trained models; none: untrained ones of --size."""
     size: SizeName = "43m"
     """Of untrained models. 30m: 8 layers, hidden size 512, 30 million parameters each; 43m: 12 layers, 46 million."""
+    data: str | None = None
+    """Text for trained models to read, so that what they hold is what their scorers keep of text: a file (parquet,
+    jsonl, json, txt), a directory of them or of prepared text, or the name of a hub data set. Left out: random tokens.
+    """
+    split: str | None = None
+    """Split of a directory or of a data set (default: validation)."""
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     """Tokens read before the steps that are timed."""
     batch_sizes: tuple[int, ...] = (1,)
@@ -106,6 +117,10 @@ class Efficiency:
             raise UsageError("--pareto and --accuracy go together; give both or neither.")
         if self.pareto is not None and not self.models:
             raise UsageError("--pareto needs trained models, whose accuracies --accuracy holds; name them.")
+        if self.data is not None and not self.models:
+            raise UsageError("--data is text for trained models to read; name them.")
+        if self.split is not None and self.data is None:
+            raise UsageError("--split is of --data; give both.")
 
     def run(self) -> list[Table]:
         """Measure, and show tables; returns them."""
@@ -123,11 +138,12 @@ class Efficiency:
         settings = {**plan.determining(), "dtype": str(dtype).removeprefix("torch.")}
         logs = {subject.name: self._log(subject, settings) for subject in subjects}
         results = measure_efficiency(subjects, plan, device=device, dtype=dtype, logs=logs)
-        tables = _tables(results, plan)
+        tables = _tables(results, plan, text=self.data is not None)
         output_console().print(*tables)
         if self.json is not None:
             also = ("contexts", "batch_sizes", "limit", "longest")
-            chosen = {**settings, **{name: getattr(plan, name) for name in also}}
+            text = {} if self.data is None else {"data": Path(self.data).name, "split": self.split or "validation"}
+            chosen = {**settings, **text, **{name: getattr(plan, name) for name in also}}
             models = {name: costs.to_dict() for name, costs in results.items()}
             write_results(self.json, "efficiency", chosen, models)
         self._draw(results, accuracies, settings["dtype"])
@@ -154,15 +170,33 @@ class Efficiency:
 
         if self.models:
             names = shown_names(model_directories(self.models, "efficiency"))
-            return [Subject(name, directory) for directory, name in names.items()]
+            return [Subject(name, directory, self._text(directory)) for directory, name in names.items()]
         return [Subject(name, config) for name, config in equal_configs(SIZES[self.size]).items()]
+
+    def _text(self, directory: Path) -> Tensor | None:
+        """Of --data, as many rows and tokens as are read at the most, int64 [rows, T]."""
+        if self.data is None:
+            return None
+        import torch
+
+        rows, tokens = max(self.batch_sizes), max(self.contexts)
+        tokenizer = read_text_models([directory], english=False)[directory]
+        blocks = TextBlocks(self.data, self.split or "validation", "text", None, tokens, rows).read(
+            tokenizer, directory
+        )
+        if len(blocks) < rows:
+            raise UsageError(
+                f"{self.data} has {len(blocks)} rows of {tokens:,} tokens for {directory}, and {rows} are asked for; "
+                "give more text, or smaller --contexts or --batch-sizes."
+            )
+        return torch.stack([blocks[row]["input_ids"] for row in range(rows)])
 
     def _log(self, subject: Subject, settings: Mapping[str, Any]) -> SampleLog:
         """The log of one model on this machine."""
         from holdfast.machine import describe_machine
 
         machine = describe_machine()
-        where = {name: machine[name] for name in ("processor", "threads")} | {"device": self.device}
+        where = {name: machine[name] for name in ("processor", "threads")} | {"device": self.device} | subject.log_key()
         return open_log(self.json, "efficiency", subject.source, {**settings, **where}, what="measurements")
 
     def _draw(self, results: Mapping[str, ModelCosts], accuracies: Mapping[str, list[Accuracy]], dtype: str) -> None:
@@ -188,12 +222,12 @@ def _remark(option: str) -> Iterator[None]:
         error_console().print(f"{option} is not drawn: {error}", soft_wrap=True)
 
 
-def _tables(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> list[Table]:
+def _tables(results: Mapping[str, ModelCosts], plan: EfficiencyPlan, text: bool = False) -> list[Table]:
     """Several narrow tables: one of all columns would be cut in a terminal of 80."""
     scored = {name: costs for name, costs in results.items() if costs.scorer_flops_per_token}
     tables = [_speed_table(results, plan), _latency_table(results, plan)]
     tables += [_scorers_table(scored, plan)] if scored else []
-    tables += [_memory_table(results, plan), _held_table(results, plan)]
+    tables += [_memory_table(results, plan), _held_table(results, plan, text)]
     tables += [_models_table(results), _operations_table(results)]
     return tables + ([_missing_table(results)] if any(costs.missing for costs in results.values()) else [])
 
@@ -227,7 +261,7 @@ def _memory_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Ta
     return _by_place(MEMORY, ("peak memory", "cache"), cells, results, plan)
 
 
-def _held_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Table:
+def _held_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan, text: bool) -> Table:
     def cells(cost: Cost) -> list[str]:
         if cost.held is None:
             return ["–", "–"]
@@ -236,6 +270,8 @@ def _held_table(results: Mapping[str, ModelCosts], plan: EfficiencyPlan) -> Tabl
     table = _by_place(HELD, ("held per head", "in store"), cells, results, plan)
     if not all(costs.trained for costs in results.values()):
         table.caption, table.caption_justify = UNTRAINED, "left"
+    elif not text:
+        table.caption, table.caption_justify = RANDOM, "left"
     return table
 
 
