@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from templates import tokenizer_with
 from torch.nn import functional as F
 
 from holdfast import HybridForCausalLM
@@ -159,6 +160,31 @@ def test_a_length_that_was_given_is_read(checkpoint: Path) -> None:
     settings = {"until": ["\n\n\n"], "max_gen_toks": 6, "do_sample": False}
     asked = requests("generate_until", [("x" * 95, settings)])
     assert len(longer.generate_until(asked, disable_tqdm=True)) == 1  # who gives a length has longer ones cut to it
+
+
+def test_no_prompt_ends_in_a_token_of_its_end(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    def harness(template: str, **options: Any) -> HoldfastLM:
+        tokenizer_with(template).save_pretrained(checkpoint)
+        return HoldfastLM(pretrained=str(checkpoint), batch_size=3, device="cpu", dtype="float32", **options)
+
+    asked = requests("loglikelihood", PAIRS)
+    assert len(harness("END $A").loglikelihood(asked, disable_tqdm=True)) == len(PAIRS)
+    plain = harness("$A").loglikelihood(asked, disable_tqdm=True)
+    with pytest.raises(ValueError, match=rf"tokenizer of {checkpoint} puts '<\|eos\|>' behind every text"):
+        harness("$A END")
+    assert harness("$A END", add_bos_token=False).loglikelihood(asked, disable_tqdm=True) == plain
+    model = HybridForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="tokenizer of the model puts"):
+        HoldfastLM(pretrained=model, tokenizer=tokenizer_with("$A END"), device="cpu")
+
+    assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast: ")]
+    assert "puts '<|eos|>' behind every text" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_refuses_long_requests_in_one_line(

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from listener import config
+from templates import tokenizer_with
 from tokenizers import Regex
 from tokenizers.normalizers import Replace
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from holdfast.cli import main
 from holdfast.data.recall import RecallSample
@@ -15,16 +14,6 @@ from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.limits import check_prompts, check_tokenizer
 from holdfast.evaluation.recall import evaluate_recall
 from passes import ModelFactory
-
-
-def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    """One of bytes whose post-processor puts the end token where the template says."""
-    tokenizer = byte_tokenizer()
-    end = tokenizer.eos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template.replace("END", end), special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    return tokenizer
 
 
 def test_a_token_before_every_text_is_welcome_and_one_behind_it_is_not() -> None:

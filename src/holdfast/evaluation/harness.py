@@ -3,8 +3,9 @@
 `holdfast evaluate lm-eval` runs the harness with this model in it. The harness's own command knows models of other
 packages by entry points in the group `lm_eval.models`, as pyproject.toml declares this one, only in versions after
 0.4.13, where `lm-eval run --model holdfast` works; with 0.4.13 and before it takes
-`lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers, but cuts the
-beginning off a request that is longer than the model was trained on, where this one refuses it.
+`lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers, but refuses
+neither a request that is longer than the model was trained on, whose beginning it cuts off, nor a tokenizer that puts a
+token behind every prompt.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
+from holdfast.evaluation.limits import check_prompts
 from holdfast.modeling import HybridForCausalLM
 
 __all__ = ["HoldfastLM", "run_harness"]
@@ -36,6 +38,9 @@ class HoldfastLM(HFLM):
 
     A request of more tokens than the model was trained on is refused, unless `max_length` says how many to read: the
     harness would cut off its beginning, where the needles of a long context may lie, and score what is left.
+
+    Nor is a tokenizer taken that puts a token behind every text: no prompt could be continued, and a continuation would
+    be scored without its first token. With `add_bos_token=False` the harness has nothing put before or behind a text.
     """
 
     AUTO_MODEL_CLASS = HybridForCausalLM
@@ -44,6 +49,11 @@ class HoldfastLM(HFLM):
 
     def _get_config(self, pretrained: str, *, revision: str = "main", **_: Any) -> None:
         self._config = HybridConfig.from_pretrained(pretrained, revision=revision)
+
+    def _create_tokenizer(self, pretrained: Any, *args: Any, add_bos_token: bool | None = None, **options: Any) -> None:
+        super()._create_tokenizer(pretrained, *args, add_bos_token=add_bos_token, **options)
+        if add_bos_token is not False:
+            check_prompts(self.tokenizer, name=pretrained if isinstance(pretrained, str) else "the model")
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
