@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaConfig
 
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.checkpoints import convert
+from holdfast.cli import main
 from holdfast.published import from_published, to_published
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,6 +137,41 @@ def test_settings_that_do_not_fit_are_named(published: Path, changes: dict[str, 
 def test_other_formats_are_not_taken_for_published_ones() -> None:
     with pytest.raises(ValueError, match="'llama' is not a published format"):
         from_published({"model_type": "llama"})
+
+
+def test_a_model_of_another_library_is_not_taken_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    refusal = rf"the model_type of {tmp_path} is 'llama', which this library cannot read; .* holdfast, .* nsa\.$"
+    with pytest.raises(ValueError, match=refusal):
+        HybridConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        HybridForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model_type of the configuration is 'llama'"):
+        HybridConfig.from_dict(LlamaConfig().to_dict())
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), LlamaConfig)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"holdfast: the model_type of {tmp_path} is 'llama'")
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model_type", [{}, {"model_type": None}, {"model_type": "holdfast"}])
+def test_what_may_be_this_library_s_is_read(model_type: dict[str, Any], tmp_path: Path) -> None:
+    """A configuration that does not say what it is; one of a subclass; and a section among others."""
+
+    class Mine(HybridConfig):
+        model_type = "mine"
+
+    values = {**model_type, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for kind in (HybridConfig, Mine):
+        assert kind.from_pretrained(tmp_path).num_hidden_layers == kind.from_dict(values).num_hidden_layers == 4
+    assert Mine.from_dict(Mine(num_hidden_layers=4).to_dict()).num_hidden_layers == 4
+    whole = {"model_type": "llava", "text_config": {**values, "model_type": "holdfast"}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert HybridConfig.from_pretrained(tmp_path).num_hidden_layers == 4
 
 
 def test_published_sparse_models_load(tmp_path: Path) -> None:

@@ -156,10 +156,16 @@ class HybridConfig(PreTrainedConfig):
         """Nothing: source files need not be copied beside a checkpoint (see `save_pretrained`)."""
 
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a `config.json`; a published one is translated."""
-        values, rest = super().get_config_dict(*args, **kwargs)
-        return _translate(values), rest
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a `config.json`; a published one is translated.
+
+        Raises:
+            ValueError: it is that of another library's model.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls._translated(values, str(pretrained_model_name_or_path)), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -171,15 +177,28 @@ class HybridConfig(PreTrainedConfig):
                 is there, option by option; `num_hidden_layers` repeats the pattern of the mixers anew.
 
         Raises:
-            ValueError: as the constructor; whatever is replaced is checked with all the rest.
+            ValueError: as the constructor; whatever is replaced is checked with all the rest. Or the dictionary is of
+                another library's model.
         """
         _refuse_misspelt(kwargs)
         changes = {name: kwargs.pop(name) for name in HybridConfig.__annotations__ if name in kwargs}
-        return super().from_dict(_overlay(_translate(config_dict), changes), **kwargs)
+        return super().from_dict(_overlay(cls._translated(config_dict), changes), **kwargs)
 
-
-def _translate(values: dict[str, Any]) -> dict[str, Any]:
-    return from_published(values) if values.get("model_type") in PUBLISHED_TYPES else values
+    @classmethod
+    def _translated(cls, values: dict[str, Any], name: str = "the configuration") -> dict[str, Any]:
+        """Arguments of this class; of a composite configuration, the section for it."""
+        kind = values.get("model_type")
+        if kind in PUBLISHED_TYPES:
+            return from_published(values)
+        if not kind or kind in (cls.model_type, HybridConfig.model_type):
+            return values
+        for section in values.values():
+            if isinstance(section, Mapping) and section.get("model_type") == cls.model_type:
+                return dict(section)
+        raise ValueError(
+            f"the model_type of {name} is {kind!r}, which this library cannot read; it reads its own, "
+            f"{HybridConfig.model_type}, and those of the published checkpoints: {', '.join(PUBLISHED_TYPES)}."
+        )
 
 
 def _overlay(saved: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
