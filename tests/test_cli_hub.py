@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_what_info_does_not_find(hub: list[dict[str, Any]], capsys: pytest.Captu
     assert main(["info", "needle-lalt"]) == 2
     assert "There is no recipe 'needle-lalt' (did you mean 'needle-lalte'?)" in capsys.readouterr().err
     assert len(hub) == 1
+
+
+def test_a_path_that_info_does_not_find_is_no_recipe(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/absent", "./absent", "absent/", "a/b/c", str(tmp_path / "absent")):
+        assert main(["info", name]) == 2
+        assert f"There is no directory {name}; give that of a model, or a recipe" in capsys.readouterr().err
+    for name in ("runs/absent.toml", "absent.toml"):
+        assert main(["info", name]) == 2
+        assert f"There is no recipe file {name}" in capsys.readouterr().err
+    recipe = resources.files("holdfast") / "recipes" / "needle-gdn.toml"
+    (tmp_path / "runs" / "mine").write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["info", "runs/mine"]) == 0
+    assert hub == []
 
 
 def test_what_the_hub_does_not_give_is_one_clear_line(

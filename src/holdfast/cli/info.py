@@ -75,11 +75,21 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _directory(name: str) -> Path | None:
-    """The directory of a model, be it on the hub; None where `name` is a recipe's."""
-    if Path(name).is_dir():
-        return Path(name)
-    is_model = is_hub_name(name) and Path(name).suffix != ".toml"
-    return model_directory(name, weights=False) if is_model else None
+    """The directory of a model, be it on the hub; None where `name` is a recipe's.
+
+    Raises:
+        UsageError: if there is no such directory, nor a model on the hub.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.suffix == ".toml" or path.is_file() or path.name == name:
+        return None
+    if is_hub_name(name):
+        return model_directory(name, weights=False)
+    raise UsageError(
+        f"There is no directory {name}; give that of a model, or a recipe by its name or the path of its .toml file."
+    )
 
 
 def _read_config(name: str, directory: Path | None) -> HybridConfig:
