@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 from listener import Listener, MergingListener
+from templates import tokenizer_with
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
@@ -121,6 +122,9 @@ def test_what_does_not_fit_is_refused(small_model: Callable[..., HybridForCausal
     few = NeedleTurns(PLAN, NeedleTask(num_keys=80), 14)
     with pytest.raises(ValueError, match="the model has 100 token ids, the conversation 131"):
         evaluate_turns(small_model("gated_deltanet"), few, progress=False)
+    ends = TextTurns(PLAN, tokenizer_with("$A END"), 600)
+    with pytest.raises(ValueError, match=r"puts '<\|eos\|>' behind every text"):
+        evaluate_turns(Listener(), ends, conversations=1, progress=False)
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from holdfast.data.turns import Question, TurnScript
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, draw_shares, effective_count
-from holdfast.evaluation.limits import check_length
+from holdfast.evaluation.limits import check_length, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 
@@ -82,13 +82,15 @@ def evaluate_turns(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
-        ValueError: a count is below 1, or the conversation does not fit the model's vocabulary or length.
+        ValueError: a count is below 1, or the conversation or its tokenizer does not fit the model.
         RuntimeError: the cache has not seen exactly the tokens that were said, each once.
     """
     if min(conversations, batch_size) < 1:
         raise ValueError(f"conversations is {conversations}, batch_size is {batch_size}; give at least 1 of each.")
     if model.config.vocab_size < script.vocab_size:
         raise ValueError(f"the model has {model.config.vocab_size} token ids, the conversation {script.vocab_size}.")
+    if script.tokenizer is not None:
+        check_tokenizer(script.tokenizer, model.config)
     check_length(model.config, script.length, beyond=beyond)
     log = SampleLog(None, {}) if log is None else log
     waiting = [index for index in range(conversations) if str(index) not in log.records]
