@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -76,8 +77,18 @@ def test_its_costs_are_told_without_its_weights(
         ("someone/small", "v1.0", ["config.json"])
     ]
     assert capsys.readouterr().err.count("taking the model someone/small of the Hugging Face hub") == 1
-    main(["info", "--help"])
-    assert "OWNER/NAME[@REVISION]" in capsys.readouterr().out
+
+
+EVALUATIONS = ("needle", "recall", "turns", "perplexity", "scorers", "efficiency", "all")
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "inspect", "convert", "info", "evaluate", *(f"evaluate {name}" for name in EVALUATIONS)]
+)
+def test_help_says_that_models_of_the_hub_are_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(r"models? on the hub \(OWNER/NAME\[@REVISION\]\)", words)
 
 
 def test_what_info_does_not_find(hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

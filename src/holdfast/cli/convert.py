@@ -26,7 +26,7 @@ class Convert:
     """Rewrite a checkpoint in another format."""
 
     source: tyro.conf.Positional[str]
-    """Directory of a saved model, in either format."""
+    """Directory of a saved model, in either format, or a model on the hub (OWNER/NAME[@REVISION])."""
     target: tyro.conf.Positional[str]
     """Directory to write; it must not exist."""
     format: Literal["holdfast", "published"]
@@ -36,7 +36,8 @@ class Convert:
     overwrite: bool = False
     """Replace TARGET if it exists."""
     allow_pickle: bool = False
-    """Read pickled weights (pytorch_model.bin) too, which can run code of whoever made them."""
+    """Read pickled weights (pytorch_model.bin) of a directory too, which can run code of whoever made them; none are
+    downloaded from the hub."""
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ class Generate:
     """Continue a prompt."""
 
     model: tyro.conf.Positional[str]
-    """Directory of a trained model."""
+    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION])."""
     prompt: tyro.conf.Positional[str | None] = None
     """Text to continue; left out: read from standard input."""
     needle: bool = False

@@ -37,7 +37,7 @@ class Inspect:
     """Look into a model."""
 
     model: tyro.conf.Positional[str]
-    """Directory of a trained model."""
+    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION])."""
     prompt: tyro.conf.Positional[str | None] = None
     """Text to read."""
     file: Path | None = None

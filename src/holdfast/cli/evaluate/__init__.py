@@ -21,7 +21,7 @@ from holdfast.cli.evaluate.turns import Turns
 from holdfast.cli.parsing import parse
 
 DESCRIPTION = """\
-Measure trained models.
+Measure trained models, each a directory or a model on the hub (OWNER/NAME[@REVISION]).
 
 examples:
   holdfast evaluate needle runs/needle-lalte runs/needle-gdn --plot accuracy.png
@@ -47,7 +47,7 @@ class LmEval:
     """The tasks of lm-evaluation-harness (`pip install 'holdfast[eval]'`), with all options of its `run`."""
 
     arguments: tyro.conf.Positional[tuple[str, ...]]
-    """A directory of a trained model, then options."""
+    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION]); then options."""
 
     def run(self) -> None:
         """Never called: `run` below takes these arguments as they are. The class stands in the list of evaluations."""

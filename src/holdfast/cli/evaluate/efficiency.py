@@ -59,7 +59,7 @@ class Efficiency:
     store, and no trained scorer's choice. Models take turns, so that a machine whose speed drifts is fair to all."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Directories of trained models; none: untrained ones of --size."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]); none: untrained ones of --size."""
     size: SizeName = "43m"
     """Of untrained models. 30m: 8 layers, hidden size 512, 30 million parameters each; 43m: 12 layers, 46 million."""
     data: str | None = None

@@ -70,7 +70,7 @@ class Needle:
     and depth. Models of the needle task get that: accuracy by the distance between question and answer."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of trained models, all of one kind."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), all of one kind."""
     length: tuple[int, ...] = ()
     """Tokens per sample; several for text (default: 4096), one for the needle task (default: the recipe's)."""
     samples: int | None = None

@@ -34,7 +34,7 @@ class Perplexity:
     """Perplexity of text, overall and by position in the context."""
 
     model: tyro.conf.Positional[str]
-    """Directory of a trained model with its tokenizer."""
+    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION]), with its tokenizer."""
     data: str
     """A file (parquet, jsonl, json, txt), a directory of them or of prepared text, or the name of a hub data set."""
     split: str = "validation"

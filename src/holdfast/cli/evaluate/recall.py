@@ -34,7 +34,7 @@ class Recall:
     """How often the answer stands in what a model writes after a document: FDA, SWDE and SQuAD completion."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of trained models with their tokenizers."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with their tokenizers."""
     tasks: tuple[Literal["fda", "swde", "squad"], ...] = ("fda", "swde", "squad")
     data: str | None = None
     """For one task, a file instead of its data set on the hub: parquet, jsonl or json with columns text and value, for

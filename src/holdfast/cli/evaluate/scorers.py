@@ -56,7 +56,7 @@ class Scorers:
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of trained models with learned eviction."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with learned eviction."""
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     """Slots of the store per head."""
     scorers: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ class All:
     was measured, or nothing of a part that --parts names."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of trained models."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION])."""
     output: Path = Path("evaluation")
     """Directory of the page (index.html), of all numbers and of all pictures."""
     parts: tuple[PartName, ...] | None = None

@@ -42,7 +42,7 @@ class Turns:
     in text, models of the needle task in its tokens."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of trained models."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION])."""
     turns: int | None = None
     """Turns of a conversation. Default: 8; with --facts and --questions left out too, fewer, with fewer facts if need
     be, where models were trained on short texts."""
