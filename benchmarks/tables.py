@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from holdfast.demo.settings import TITLES
+from holdfast.evaluation.intervals import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -185,13 +186,13 @@ def needle_books() -> str:
     found = read("needle-books")
     places = [(task, length) for task in found["settings"]["tasks"] for length in found["settings"]["lengths"]]
     rows = []
-    for name, model in found["models"].items():
-        cells = {(cell["task"], cell["length"]): cell["match_all"] for cell in model["cells"]}
-        rows.append([laptop_title(name), *(percent(cells[at]["accuracy"]) for at in places)])
-    count = next(iter(found["models"].values()))["cells"][0]["match_all"]["count"]
+    for name, runs in by_seed(found["models"]).items():
+        cells = [{(cell["task"], cell["length"]): cell["match_all"] for cell in run["cells"]} for run in runs]
+        rows.append([laptop_title(name), *(seeds(cell[at] for cell in cells) for at in places)])
+    first = next(iter(found["models"].values()))["cells"][0]["match_all"]
     shown = table(["needles found", *(f"{task.removeprefix('niah_')}, {length:,}" for task, length in places)], rows)
-    return f"""RULER's needles (`holdfast evaluate needle`; {count} samples each), of an earlier training of these
-recipes. Of models that have read 3 M tokens little can be expected; 0 of 20 leaves up to 16 %.
+    return f"""RULER's needles (`holdfast evaluate needle`; {first["count"]} samples each, with each seed). Of models that have read 3 M
+tokens little can be expected; 0 of {first["count"]} leaves up to {100 * wilson_interval(0, first["count"])[1]:.0f} %.
 
 {shown}
 
