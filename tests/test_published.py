@@ -174,6 +174,18 @@ def test_what_may_be_this_library_s_is_read(model_type: dict[str, Any], tmp_path
     assert HybridConfig.from_pretrained(tmp_path).num_hidden_layers == 4
 
 
+def test_a_file_is_read_as_the_dictionary_in_it(tmp_path: Path) -> None:
+    for name in ("lte_stream", "nsa"):
+        path = GOLDEN / f"{name}.config.json"
+        config = HybridConfig.from_json_file(path)
+        assert config.to_dict() == HybridConfig.from_dict(json.loads(path.read_text())).to_dict()
+        config.to_json_file(tmp_path / "ours.json")
+        assert to_published(HybridConfig.from_json_file(tmp_path / "ours.json")) == to_published(config)
+    LlamaConfig().to_json_file(tmp_path / "theirs.json")
+    with pytest.raises(ValueError, match=rf"the model_type of {tmp_path / 'theirs.json'} is 'llama', which"):
+        HybridConfig.from_json_file(tmp_path / "theirs.json")
+
+
 def test_published_sparse_models_load(tmp_path: Path) -> None:
     """laNSA as published; and a pure model, whose settings stand beside those of the model itself."""
     tensors = load_file(GOLDEN / "nsa.safetensors")

@@ -185,6 +185,15 @@ class HybridConfig(PreTrainedConfig):
         return super().from_dict(_overlay(cls._translated(config_dict), changes), **kwargs)
 
     @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        """Read the file of a configuration in this or the published format.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
+        return cls.from_dict(cls._translated(cls._dict_from_json_file(json_file), str(json_file)))
+
+    @classmethod
     def _translated(cls, values: dict[str, Any], name: str = "the configuration") -> dict[str, Any]:
         """Arguments of this class; of a composite configuration, the section for it."""
         kind = values.get("model_type")
