@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from holdfast.cli import main
 from holdfast.cli.common import model_directory
@@ -54,6 +55,30 @@ def test_a_model_is_fetched_without_pickles_and_keeps_its_name(
     (directory / "config.json").unlink()
     with pytest.raises(UsageError, match="holds no saved model"):
         model_directory("someone/small")
+
+
+def test_a_converted_model_keeps_its_tokenizer_and_chat_template(
+    hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that `convert` copies is fetched."""
+    whole = model_directory("someone/small")
+    files = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"}
+    files |= {"added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"}
+    for name in files:
+        (whole / name).write_text(name)
+
+    def download(model: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        names = [path.name for path in whole.iterdir()]
+        kept = tmp_path / "fetched"
+        kept.mkdir()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copyfile(whole / name, kept / name)
+        return str(kept)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    target = tmp_path / "converted"
+    assert main(["convert", "someone/small", str(target), "--format", "holdfast"]) == 0
+    assert {name: (target / name).read_text() for name in files} == {name: name for name in files}
 
 
 def test_it_is_evaluated_by_its_name(hub: list[dict[str, Any]], tmp_path: Path) -> None:

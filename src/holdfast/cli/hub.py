@@ -12,7 +12,7 @@ __all__ = ["fetch_model", "hub_name", "is_hub_name"]
 
 _NAME = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w(?!.*\.\.)[\w./-]*))?")
 # Of the repository's own folder: below it lie checkpoints and other formats. No pickled weights, which nothing reads.
-_FILES = ("*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "recipe.toml")
+_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "recipe.toml")
 _CONFIGURATION = ("config.json",)
 _NOT = ("*/*",)
 
