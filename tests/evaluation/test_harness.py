@@ -187,6 +187,27 @@ def test_no_prompt_ends_in_a_token_of_its_end(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_token_is_one_that_the_model_knows(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter is loaded into a model with embeddings for all of them."""
+    from holdfast.evaluation.harness import HoldfastLM
+
+    more = byte_tokenizer()
+    more.add_tokens(["<|call|>"])
+    with pytest.raises(ValueError, match="the tokenizer has 260 tokens, the model knows 259; give the model its own"):
+        HoldfastLM(pretrained=HybridForCausalLM.from_pretrained(checkpoint), tokenizer=more, device="cpu", peft="unread")
+    more.save_pretrained(checkpoint)
+    assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast: ")]
+    assert f"the tokenizer has 260 tokens, {checkpoint} knows 259" in line
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda model, *_, **__: model)
+    adapted = HoldfastLM(pretrained=str(checkpoint), device="cpu", dtype="float32", peft="an adapter")
+    assert adapted.model.get_input_embeddings().num_embeddings == 260
+    assert len(adapted.loglikelihood(requests("loglikelihood", [("It is", "<|call|>")]), disable_tqdm=True)) == 1
+
+
 def test_the_command_refuses_long_requests_in_one_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

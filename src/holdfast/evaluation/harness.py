@@ -5,7 +5,7 @@ packages by entry points in the group `lm_eval.models`, as pyproject.toml declar
 0.4.13, where `lm-eval run --model holdfast` works; with 0.4.13 and before it takes
 `lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers, but refuses
 neither a request that is longer than the model was trained on, whose beginning it cuts off, nor a tokenizer that puts a
-token behind every prompt.
+token behind every prompt or has tokens that the model does not know.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
-from holdfast.evaluation.limits import check_prompts
+from holdfast.evaluation.limits import check_prompts, check_tokenizer
 from holdfast.modeling import HybridForCausalLM
 
 __all__ = ["HoldfastLM", "run_harness"]
@@ -41,19 +41,30 @@ class HoldfastLM(HFLM):
 
     Nor is a tokenizer taken that puts a token behind every text: no prompt could be continued, and a continuation would
     be scored without its first token. With `add_bos_token=False` the harness has nothing put before or behind a text.
+
+    Nor one with ids that the model has no embedding for: the first text with one of them would end the evaluation. With
+    `peft` the harness gives the embeddings as many rows as the tokenizer has tokens.
     """
 
     AUTO_MODEL_CLASS = HybridForCausalLM
     _counted: Mapping[str, Sequence[int]] = {}
     """Tokens of the prompts that are being continued, as they were counted."""
 
+    def __init__(self, *args: Any, peft: str | None = None, **options: Any) -> None:
+        self._adapter = peft
+        super().__init__(*args, peft=peft, **options)
+
     def _get_config(self, pretrained: str, *, revision: str = "main", **_: Any) -> None:
         self._config = HybridConfig.from_pretrained(pretrained, revision=revision)
 
     def _create_tokenizer(self, pretrained: Any, *args: Any, add_bos_token: bool | None = None, **options: Any) -> None:
         super()._create_tokenizer(pretrained, *args, add_bos_token=add_bos_token, **options)
+        is_read = isinstance(pretrained, str)  # else it is a model, which the harness takes as it is
+        name = pretrained if is_read else "the model"
+        if not (self._adapter and is_read):
+            check_tokenizer(self.tokenizer, self.config, english=False, name=name)
         if add_bos_token is not False:
-            check_prompts(self.tokenizer, name=pretrained if isinstance(pretrained, str) else "the model")
+            check_prompts(self.tokenizer, name=name)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
