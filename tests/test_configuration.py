@@ -1,6 +1,7 @@
 """What a configuration refuses, how a saved one is changed when it is read, and what is written beside it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 
 from holdfast import HybridConfig, HybridForCausalLM
+from holdfast.cli import main
 from holdfast.configuration import AUTO_FILE
+from holdfast.data.text import byte_tokenizer
 
 
 @pytest.fixture
@@ -88,6 +91,51 @@ def test_what_is_wrong_is_refused_when_made_and_when_read(changes: dict[str, Any
         HybridConfig(**changes)
     with pytest.raises(ValueError, match=error):
         HybridConfig.from_pretrained(saved, **changes)
+
+
+COMMANDS = (
+    ["info"],
+    ["generate"],
+    ["inspect"],
+    ["convert"],
+    *(["evaluate", name] for name in ("needle", "recall", "turns", "perplexity", "scorers", "efficiency", "all")),
+    ["evaluate", "lm-eval"],
+)
+ALSO = {
+    "generate": ["Once"],
+    "inspect": ["Once"],
+    "convert": ["made", "--format", "holdfast"],
+    "recall": ["--tasks", "squad"],
+    "perplexity": ["--data", "texts.txt"],
+    "all": ["--output", "made"],
+    "lm-eval": ["--tasks", "lambada_openai"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_file_without_settings_is_named_in_one_line(
+    command: list[str], saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "lm-eval" in command:
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'holdfast[eval]'")
+    monkeypatch.chdir(saved)
+    byte_tokenizer().save_pretrained(saved)
+    Path("texts.txt").write_text("It was the best of times.")
+    before = {path.name for path in saved.iterdir()}
+    for content, shown in (("[1, 2]", r"\[1, 2\]"), ('"mixers"', "'mixers'"), ("null", "None")):
+        (saved / "config.json").write_text(content)
+        assert main([*command, str(saved), *ALSO.get(command[-1], [])]) == 1
+        error = capsys.readouterr().err
+        assert re.fullmatch(rf"holdfast: {saved}/config.json must hold an object .*, got {shown}; copy .*\n", error)
+    assert {path.name for path in saved.iterdir()} == before
+
+
+def test_a_file_without_settings_is_no_configuration(saved: Path) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps(list(range(1000))))
+    for read in (HybridConfig.from_json_file, HybridConfig.from_pretrained, HybridForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=rf"{path} must hold an object .*, got \[0, 1, 2, 3, 4, 5, \.\.\.\]; copy"):
+            read(path if read == HybridConfig.from_json_file else saved)
 
 
 def test_four_channels_are_enough_for_two_convolutions() -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ class HybridConfig(PreTrainedConfig):
         """Read a `config.json`; a published one is translated.
 
         Raises:
-            ValueError: it is that of another library's model.
+            ValueError: it is that of another library's model, or holds no settings.
         """
         values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls._translated(values, str(pretrained_model_name_or_path)), rest
@@ -189,9 +190,20 @@ class HybridConfig(PreTrainedConfig):
         """Read the file of a configuration in this or the published format.
 
         Raises:
-            ValueError: as `from_dict`.
+            ValueError: as `from_dict`, or the file holds no settings.
         """
         return cls.from_dict(cls._translated(cls._dict_from_json_file(json_file), str(json_file)))
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a file holds; transformers, which reads every file with this, takes for granted that it is an object."""
+        values = super()._dict_from_json_file(json_file)
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{json_file} must hold an object with the settings of a model, got {reprlib.repr(values)}; copy the "
+                "model's own there."
+            )
+        return values
 
     @classmethod
     def _translated(cls, values: dict[str, Any], name: str = "the configuration") -> dict[str, Any]:

@@ -83,7 +83,11 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
 
     Raises:
         UsageError: if there is no model.
+        ValueError: if its configuration is of no model that this library can read.
+        OSError: if it is no JSON.
     """
+    from holdfast.configuration import HybridConfig
+
     directory = Path(name)
     if not directory.is_dir():
         if not is_hub_name(name):
@@ -91,6 +95,7 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
         directory = fetch_model(name, weights=weights)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
+    HybridConfig.get_config_dict(directory)  # here: a tokenizer that is read before the model fails of it, and is blamed
     return directory
 
 
