@@ -195,8 +195,9 @@ def test_every_token_is_one_that_the_model_knows(
 
     more = byte_tokenizer()
     more.add_tokens(["<|call|>"])
+    model = HybridForCausalLM.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="the tokenizer has 260 tokens, the model knows 259; give the model its own"):
-        HoldfastLM(pretrained=HybridForCausalLM.from_pretrained(checkpoint), tokenizer=more, device="cpu", peft="unread")
+        HoldfastLM(pretrained=model, tokenizer=more, device="cpu", peft="unread")
     more.save_pretrained(checkpoint)
     assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast: ")]

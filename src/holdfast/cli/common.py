@@ -95,7 +95,7 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
         directory = fetch_model(name, weights=weights)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
-    HybridConfig.get_config_dict(directory)  # here: a tokenizer that is read before the model fails of it, and is blamed
+    HybridConfig.get_config_dict(directory)  # here: a tokenizer that is read first fails of it, and is blamed
     return directory
 
 
