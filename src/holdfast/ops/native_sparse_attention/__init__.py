@@ -61,7 +61,8 @@ def native_sparse_attention(
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
         lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
         cu_seqlens: int64 [N + 1], where packed sequences, perhaps empty, begin and end in one row (B = 1, Tq = Tk);
-            neither with `lengths` nor with `compressed`. Each takes whole blocks: at most S − 1 rows more.
+            neither with `lengths` nor with `compressed`. Each takes whole blocks; beside others, on an accelerator, an
+            empty one takes one too. Offsets that do not rise from 0 to T are noticed on a CPU only.
         compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
         backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
@@ -167,6 +168,6 @@ def _check_sequences(
             )
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}: move them to one device.")
-        ends = cu_seqlens.tolist() if can_look else [0, q.shape[1]]
-        if ends[0] != 0 or ends[-1] != q.shape[1] or ends != sorted(ends):
+        ends = cu_seqlens.tolist() if can_look else None
+        if ends is not None and (ends[0] != 0 or ends[-1] != q.shape[1] or ends != sorted(ends)):
             raise ValueError(f"cu_seqlens must rise from 0 to the length {q.shape[1]}, not {ends}.")

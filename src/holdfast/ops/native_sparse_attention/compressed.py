@@ -149,7 +149,7 @@ def _(
     keys: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), k.new_empty(k.shape, dtype=q.dtype), v.new_empty(v.shape, dtype=q.dtype)
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

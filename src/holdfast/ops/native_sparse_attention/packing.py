@@ -16,6 +16,7 @@ class Packing(NamedTuple):
     """Where the T tokens of packed sequences stand in a row of M blocks."""
 
     place: Tensor  # int64 [T], rising
+    first: Tensor  # int64 [T], the first block of each token's sequence
     begins: Tensor  # int64 [M]
     block_size: int
 
@@ -23,21 +24,25 @@ class Packing(NamedTuple):
     def of(cls, cu_seqlens: Tensor, length: int, block_size: int) -> Packing:
         """For sequences that begin and end at cu_seqlens [N + 1] in a row of `length` tokens. Never waits for a device.
 
-        M is as large as it can be, length // S + N, but where looking is free: there as small as it may be.
+        M is as small as it may be where looking is free, else as large as it could have to be.
         """
+        cu_seqlens = cu_seqlens.contiguous()
         sizes = cu_seqlens.diff()
         blocks = (sizes + block_size - 1) // block_size
         ends = blocks.cumsum(0)
-        first = ends - blocks
+        begins = ends - blocks
         token = torch.arange(length, device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-        place = first[sequence] * block_size + token - cu_seqlens[sequence]
-        can_look = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-        count = int(ends[-1]) if can_look else length // block_size + len(sizes)
+        first = begins[sequence]
+        place = first * block_size + token - cu_seqlens[sequence]
+        if _can_look(cu_seqlens):
+            count = int(ends[-1])
+        else:  # every block that is used has a token, and every sequence at most S − 1 gaps
+            count = min(length, (length + len(sizes) * (block_size - 1)) // block_size)
         number = torch.arange(count, device=cu_seqlens.device)
         owner = torch.searchsorted(ends, number, right=True).clamp(max=len(sizes) - 1)
         # A block behind the last sequence is one of its own, so that nothing is computed for it but itself.
-        return cls(place, torch.where(number < ends[-1], first[owner], number), block_size)
+        return cls(place, first, torch.where(number < ends[-1], begins[owner], number), block_size)
 
     @property
     def rows(self) -> int:
@@ -48,7 +53,7 @@ class Packing(NamedTuple):
         """[1, T, ...] → [1, M·S, ...], with zeros in the gaps."""
         if self.rows == x.shape[1]:
             return x
-        return x.new_zeros(1, self.rows, *x.shape[2:]).index_copy(1, self.place, x)
+        return x.new_zeros(1, self.rows, *x.shape[2:]).index_copy_(1, self.place, x)
 
     def gather(self, x: Tensor) -> Tensor:
         """[1, M·S, ...] → [1, T, ...]."""
@@ -56,8 +61,12 @@ class Packing(NamedTuple):
 
     def within(self, blocks: Tensor) -> Tensor:
         """Chosen blocks [1, T, Hkv, n], numbered in the row, by their numbers in the sequence; −1 stays."""
-        first = self.begins[self.place // self.block_size].view(1, -1, 1, 1)
-        return torch.where(blocks < 0, blocks, blocks - first)
+        return torch.where(blocks < 0, blocks, blocks - self.first.view(1, -1, 1, 1))
+
+
+def _can_look(cu_seqlens: Tensor) -> bool:
+    """Whether values can be read without stalling a device or breaking a compiler's graph."""
+    return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def ends_of(begins: Tensor) -> Tensor:

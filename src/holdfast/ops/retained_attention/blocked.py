@@ -166,7 +166,7 @@ def _tiled_backward(
             q_rows, k_rows, v_rows, walk.until, walk.groups, walk.window, log_sum, grad_rows, inner
         )
         return _from_query_rows(dq.mul_(scale), q), _from_key_rows(dk.mul_(math.log(2)), k), _from_key_rows(dv, v)
-    dq, dk, dv = torch.empty_like(q_rows), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
+    dq, dk, dv = q_rows.new_empty(q_rows.shape), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
     with without_autocast(q):
         for tile in walk:
             q_tile, grad_tile, keys = q_rows[tile.queries], grad_rows[tile.queries], tile.read(k_rows)
@@ -193,11 +193,8 @@ def _(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (
-        torch.empty_like(_query_rows(q, k.shape[2])),
-        torch.empty_like(_key_rows(k)),
-        torch.empty_like(_key_rows(v)),
-    )
+    q_rows, k_rows, v_rows = _query_rows(q, k.shape[2]), _key_rows(k), _key_rows(v)
+    dq, dk, dv = (rows.new_empty(rows.shape) for rows in (q_rows, k_rows, v_rows))
     return _from_query_rows(dq, q), _from_key_rows(dk, k), _from_key_rows(dv, v)
 
 

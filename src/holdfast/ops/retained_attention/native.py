@@ -40,7 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, until: Tensor, groups: int, window:
     call = _Call(q, k, v, until, groups, window)
     out, log_sum = q.new_empty(*q.shape[:2], call.value_dim), q.new_empty(*q.shape[:2], 1)
     call.run("holdfast_forward", k_turned=_turned(call.k, call.panel), out=out, log_sum=log_sum)
-    return out[..., : v.shape[2]], log_sum
+    return out[..., : v.shape[2]].contiguous(), log_sum
 
 
 def backward(
@@ -69,7 +69,9 @@ def backward(
         dv=dv,
     )
     keys = k.shape[1]
-    return dq[..., : q.shape[2]], dk[:, :keys, : k.shape[2]], dv[:, :keys, : v.shape[2]]
+    # Without the padding, whose strides a compiler could not foresee.
+    gradients = dq[..., : q.shape[2]], dk[:, :keys, : k.shape[2]], dv[:, :keys, : v.shape[2]]
+    return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
 
 
 class _Sizes(ctypes.Structure):

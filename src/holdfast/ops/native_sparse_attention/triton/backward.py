@@ -7,6 +7,7 @@ one key found is added up in the order of the queries.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -154,7 +155,7 @@ def run_key_gradient(
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values of chosen blocks, contiguous, in the shapes and dtypes of k and v."""
-    tile = shape.within_block(tile)
+    shape, tile = replace(shape, packed=False), shape.within_block(tile)  # the table of users knows of packing
     dk_parts, dv_parts = (x.new_empty(segments.most, shape.block_size, x.shape[3], dtype=torch.float32) for x in (k, v))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     tiles_of_block = -(-shape.block_size // tile.keys)
