@@ -64,6 +64,8 @@ def measure(run: Path, data: str, squad: str | None, samples: int) -> dict[str, 
     """Everything that is known and measured of one run."""
     model, tokenizer = read_model(run), load_tokenizer(run)
     found = json.loads((run / "summary.json").read_text(encoding="utf-8")) | course(read_history(run))
+    if found["resumed_from"] is not None:
+        found["resumed_from"] = Path(found["resumed_from"]).name  # which checkpoint, not where it lay
     found["commit"] = describe_machine()["commit"]  # others may have been measured before: --add
     found["perplexity"] = {}
     for length in LENGTHS:
