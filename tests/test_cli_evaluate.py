@@ -229,7 +229,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "2,000 tokens are more than the 1,000 that": ["needle", tokens, "--length", "2000"],
         "1,001 tokens are more than the 1,000 that": ["needle", text, "--length", "600", "1001"],
         "3,201 tokens are more": ["turns", tokens, "--turns", "8", "--turn-length", "400"],
-        "tokens are more than the 1,000": [*argv["recall"], "--new-tokens", "999"],
+        "7 of 7 prompts with answers of 999 tokens are longer than the 1,000": [*argv["recall"], "--new-tokens", "999"],
         "the tokenizer has 259 tokens": ["needle", foreign, "--length", "600"],
         "the tokenizer has 259 tokens, ": ["turns", foreign],
         "has no tokenizer.json, so it cannot read text": ["recall", tokens, "--tasks", "squad", "--data", str(squad)],

@@ -353,5 +353,7 @@ def plot_comparison(
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("slots of the store per head")
         axes.set_ylabel(what)
+        if all(0 <= value <= 1 for of in values.values() for found in of.values() for value in found):
+            axes.set_ylim(-0.02, 1.02)  # shares: a scale of their own would make noise look like differences
         figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     return Path(path)

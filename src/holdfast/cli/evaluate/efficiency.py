@@ -45,7 +45,7 @@ UNTRAINED = (
     "Untrained models that read random tokens: what laLTE holds is the capacity of its store, not what a trained "
     "scorer would keep."
 )
-RANDOM = "The models read random tokens; of text (--data) they may keep more or less."
+RANDOM = "The models read random tokens; of text they may keep more or fewer (evaluate efficiency --data)."
 MODELS = "models (heads of softmax attention: of queries, and KV of keys and values)"
 
 

@@ -16,7 +16,6 @@ from holdfast.cli.evaluate.common import (
     model_directories,
     open_log,
     read_text_models,
-    refuse_lengths,
     require_positive,
     show_share,
     shown_names,
@@ -70,7 +69,7 @@ class Recall:
             }
         tokenizers = read_text_models(directories)
         for directory, tokenizer in tokenizers.items():
-            refuse_lengths([directory], self._longest(samples, tokenizer), self.beyond)
+            self._refuse_long(directory, samples, tokenizer)
         names = shown_names(directories)
         results: dict[str, dict[str, RecallResult]] = {}
         for directory in directories:
@@ -93,9 +92,19 @@ class Recall:
             self._write(self.json, results)
         return [table]
 
-    def _longest(self, samples: Mapping[str, list[RecallSample]], tokenizer: Any) -> int:
+    def _refuse_long(self, directory: Path, samples: Mapping[str, list[RecallSample]], tokenizer: Any) -> None:
+        """Refuse prompts that leave less room for an answer than the model was trained on, unless `beyond`."""
+        from holdfast.configuration import HybridConfig
+
         prompts = [sample.prompt for asked in samples.values() for sample in asked]
-        return max(map(len, tokenizer(prompts).input_ids)) + self.new_tokens
+        lengths = [len(ids) + self.new_tokens for ids in tokenizer(prompts).input_ids]
+        told = HybridConfig.from_pretrained(directory).max_position_embeddings
+        if (too_long := sum(length > told for length in lengths)) and not self.beyond:
+            raise UsageError(
+                f"{too_long:,} of {len(lengths):,} prompts with answers of {self.new_tokens} tokens are longer than "
+                f"the {told:,} tokens that {directory} was trained on (max_position_embeddings), the longest "
+                f"{max(lengths):,}; give --beyond to ask them all the same, or ask fewer with --limit."
+            )
 
     def _write(self, path: Path, results: Mapping[str, Mapping[str, RecallResult]]) -> None:
         settings = {
