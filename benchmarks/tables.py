@@ -260,8 +260,8 @@ def efficiency() -> str:
     )
     readings = found["settings"]["repeats"]
     return f"""Untrained models of equal size ({", ".join(sizes)}) on random tokens, batch {found["settings"]["batch_sizes"][0]}, fp32, {found["machine"]["threads"]} threads; models take turns, {"one reading" if readings == 1 else f"{readings} readings"} and {found["settings"]["steps"]} generated tokens each.{dash}
-The peak of laLTE contains some 100 MiB of the compiler of its store, which was loaded while it was measured; it is not counted any
-more, and these numbers are from before. What laLTE holds is its capacity: an untrained scorer finds every pair worth keeping. laNSA shares one key/value head among 16 query
+The peaks of laLTE were measured again, alone, at commit {found["measured_again"]["commit"][:7]}: before, they contained the compiler of its store,
+96 MiB. What laLTE holds is its capacity: an untrained scorer finds every pair worth keeping. laNSA shares one key/value head among 16 query
 heads, as it is published; the other attention layers have 4 key/value heads, with which its cache would be four times as large. It holds
 all pairs, and reads 16 blocks of 64 and a window of them.
 
