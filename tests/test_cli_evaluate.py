@@ -142,6 +142,22 @@ def test_recall_draws_by_the_seed(models: Path, squad: Path, tmp_path: Path) -> 
     assert first["models"]["text"]["squad"]["contains"]["effective"] < 3  # questions of one passage
 
 
+def test_prompts_that_are_too_long_can_be_left_out(
+    models: Path, squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = json.loads(squad.read_text())
+    paragraphs = published["data"][0]["paragraphs"]
+    paragraphs.append({**paragraphs[0], "context": "7 " * 600})
+    squad.write_text(json.dumps(published))
+    argv = ["recall", str(models / "text"), "--tasks", "squad", "--data", str(squad), "--new-tokens", "4"]
+    assert "7 of 14 prompts of squad" in refused(capsys, *argv)
+    assert "give one of them" in refused(capsys, *argv, "--beyond", "--skip-long")
+    file = tmp_path / "r.json"
+    assert main(["evaluate", *argv, "--skip-long", "--json", str(file)]) == 0
+    assert "7 of 14 prompts of squad with answers of 4 tokens" in capsys.readouterr().err
+    assert json.loads(file.read_text())["models"]["text"]["squad"]["contains"]["count"] == 7
+
+
 def without_resumed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_resumed(entry) for name, entry in value.items() if name != "resumed"}
@@ -229,7 +245,11 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "2,000 tokens are more than the 1,000 that": ["needle", tokens, "--length", "2000"],
         "1,001 tokens are more than the 1,000 that": ["needle", text, "--length", "600", "1001"],
         "3,201 tokens are more": ["turns", tokens, "--turns", "8", "--turn-length", "400"],
-        "7 of 7 prompts with answers of 999 tokens are longer than the 1,000": [*argv["recall"], "--new-tokens", "999"],
+        "7 of 7 prompts of squad with answers of 999 tokens are longer than the 1,000": [
+            *argv["recall"],
+            "--new-tokens",
+            "999",
+        ],
         "the tokenizer has 259 tokens": ["needle", foreign, "--length", "600"],
         "the tokenizer has 259 tokens, ": ["turns", foreign],
         "has no tokenizer.json, so it cannot read text": ["recall", tokens, "--tasks", "squad", "--data", str(squad)],

@@ -156,6 +156,7 @@ def _recall(chosen: All, text: tuple[Path, ...]) -> Part:
             tasks=("squad",),
             data=chosen.squad,
             limit=chosen.samples,
+            skip_long=not chosen.beyond,
             **_common(chosen),
             json=chosen.output / "recall.json",
         )

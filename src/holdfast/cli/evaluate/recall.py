@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import output_console, read_model
+from holdfast.cli.common import error_console, output_console, read_model
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     model_directories,
@@ -47,6 +47,8 @@ class Recall:
     batch_size: int = 8
     beyond: bool = False
     """Allow prompts beyond the length that a model was trained on."""
+    skip_long: bool = False
+    """Leave out, for all models, the prompts that are too long for one of them, and say how many."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     json: Path | None = None
     """Write all numbers to this file, and every continuation to FILE.samples.jsonl, where a run that was interrupted
@@ -54,6 +56,8 @@ class Recall:
 
     def __post_init__(self) -> None:
         require_positive(self, "limit", "new_tokens", "batch_size")
+        if self.beyond and self.skip_long:
+            raise UsageError("--beyond asks what is too long, and --skip-long leaves it out; give one of them.")
 
     def run(self) -> list[Table]:
         """Evaluate, and show a table; returns it."""
@@ -68,8 +72,7 @@ class Recall:
                 task: load_recall(task, self.data, limit=self.limit, seed=self.seed) for task in self.tasks
             }
         tokenizers = read_text_models(directories)
-        for directory, tokenizer in tokenizers.items():
-            self._refuse_long(directory, samples, tokenizer)
+        samples = self._that_fit(samples, tokenizers)
         names = shown_names(directories)
         results: dict[str, dict[str, RecallResult]] = {}
         for directory in directories:
@@ -92,19 +95,34 @@ class Recall:
             self._write(self.json, results)
         return [table]
 
-    def _refuse_long(self, directory: Path, samples: Mapping[str, list[RecallSample]], tokenizer: Any) -> None:
-        """Refuse prompts that leave less room for an answer than the model was trained on, unless `beyond`."""
-        from holdfast.configuration import HybridConfig
+    def _that_fit(
+        self, samples: Mapping[str, list[RecallSample]], tokenizers: Mapping[Path, Any]
+    ) -> dict[str, list[RecallSample]]:
+        """The samples that, with an answer, are no longer than any model was trained on; all of them if `beyond`."""
+        if self.beyond:
+            return dict(samples)
+        fitting = {
+            task: [sample for sample, fits in zip(asked, self._fit(asked, tokenizers), strict=True) if fits]
+            for task, asked in samples.items()
+        }
+        for task, asked in fitting.items():
+            count, room = len(samples[task]) - len(asked), f"answers of {self.new_tokens} tokens"
+            limits = " or ".join(f"the {_told(d):,} tokens that {d} was trained on" for d in tokenizers)
+            what = f"{count:,} of {len(samples[task]):,} prompts of {task} with {room} are longer than {limits}"
+            if count and not (self.skip_long and asked):
+                advice = "--beyond to ask them all the same" + (", or --skip-long to leave them out" if asked else "")
+                raise UsageError(f"{what} (max_position_embeddings); give {advice}.")
+            if count:
+                error_console().print(f"{what}: left out.", soft_wrap=True)
+        return fitting
 
-        prompts = [sample.prompt for asked in samples.values() for sample in asked]
-        lengths = [len(ids) + self.new_tokens for ids in tokenizer(prompts).input_ids]
-        told = HybridConfig.from_pretrained(directory).max_position_embeddings
-        if (too_long := sum(length > told for length in lengths)) and not self.beyond:
-            raise UsageError(
-                f"{too_long:,} of {len(lengths):,} prompts with answers of {self.new_tokens} tokens are longer than "
-                f"the {told:,} tokens that {directory} was trained on (max_position_embeddings), the longest "
-                f"{max(lengths):,}; give --beyond to ask them all the same, or ask fewer with --limit."
-            )
+    def _fit(self, asked: Sequence[RecallSample], tokenizers: Mapping[Path, Any]) -> list[bool]:
+        prompts = [sample.prompt for sample in asked]
+        fits = [True] * len(prompts)
+        for directory, tokenizer in tokenizers.items():
+            lengths = [len(ids) + self.new_tokens for ids in tokenizer(prompts).input_ids]
+            fits = [fit and length <= _told(directory) for fit, length in zip(fits, lengths, strict=True)]
+        return fits
 
     def _write(self, path: Path, results: Mapping[str, Mapping[str, RecallResult]]) -> None:
         settings = {
@@ -114,9 +132,17 @@ class Recall:
             "new_tokens": self.new_tokens,
             "dtype": self.dtype,
             "seed": self.seed,
+            "skip_long": self.skip_long,
         }
         models = {name: {task: r.to_dict() for task, r in tasks.items()} for name, tasks in results.items()}
         write_results(path, "recall", settings, models)
+
+
+def _told(directory: Path) -> int:
+    """The length that the model was trained on."""
+    from holdfast.configuration import HybridConfig
+
+    return int(HybridConfig.from_pretrained(directory).max_position_embeddings)
 
 
 def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> Table:
