@@ -22,7 +22,7 @@ COMMANDS = {
     "tokenizer": "Train a tokenizer on one's own text.",
     "prepare": "Tokenize text once, into files that training maps into memory.",
     "report": "Write a page with the losses, the speed and the kept pairs of training runs.",
-    "evaluate": "Measure trained models: needles, recall, several turns, perplexity, scorers, efficiency, lm-eval; or all.",
+    "evaluate": "Measure trained models: needles, recall, turns, perplexity, scorers, efficiency, lm-eval; or all.",
     "generate": "Continue a prompt, or answer the questions of a needle sample.",
     "inspect": "Write a page that shows what a model keeps of a text, step by step.",
     "convert": "Rewrite a checkpoint in this library's or in the published format.",
