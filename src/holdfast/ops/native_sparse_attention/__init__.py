@@ -43,7 +43,7 @@ def native_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal grouped-query attention in three branches, and their gated sum (arXiv 2502.11089; specification §3.7).
 
-    Keys are cut into blocks of S = `block_size`, counted from the first of a sequence. A query at the index i reads,
+    Keys are cut into blocks of S = `block_size`, counted from the first of a sequence. A query at the index i reads
 
     - *compressed*: the means of the keys and values of every complete block, (m + 1)·S − 1 <= i; 0 while there is none;
     - *selected*: the keys up to i of the n = `num_blocks` most important blocks, the importance of a block being its
@@ -51,8 +51,8 @@ def native_sparse_attention(
       one before it and block 0 come first, in this order; among equally important others any may be chosen;
     - *sliding*: the last `window` keys, its own included.
 
-    each with a softmax of its own. The queries are the last Tq of the Tk keys, i = Tk − Tq + t: a whole sequence, a
-    chunk behind cached keys, and a single token are one operation. A query with i < 0 sees nothing and returns 0.
+    Each branch has a softmax of its own. The queries are the last Tq of the Tk keys, i = Tk − Tq + t: a sequence, a
+    chunk behind cached keys and a token are one operation. A query with i < 0 sees nothing and returns 0.
 
     Args:
         q: [B, Tq, H, D], floating.
@@ -61,8 +61,7 @@ def native_sparse_attention(
         block_size: at least 1. num_blocks: at least 1, more than exist are allowed. window: at least 1.
         lengths: int64 [B], 0 to Tk: each row holds so many keys, from its first on, and i = lengths − Tq + t. None: Tk.
         cu_seqlens: int64 [N + 1], where packed sequences, perhaps empty, begin and end in one row (B = 1, Tq = Tk);
-            neither with `lengths` nor with `compressed`. Each takes whole blocks; beside others, on an accelerator, an
-            empty one takes one too. Offsets that do not rise from 0 to T are noticed on a CPU only.
+            rising from 0 to T, which is checked on a CPU only; without `lengths` and `compressed`.
         compressed: means of the blocks, where known: [B, M, Hkv, D] and [B, M, Hkv, Dv], M ≥ Tk // S, floating, finite.
         scale: factor on the scores before the softmax; D^-½ if None.
         backend: "reference", "blocked" (PyTorch, any device) or "triton" (CUDA and ROCm). None takes triton on a GPU
@@ -70,26 +69,38 @@ def native_sparse_attention(
 
     Returns:
         The output [B, Tq, H, Dv] in the dtype of q, and the selected blocks, int64 [B, Tq, Hkv, n]: their numbers in
-        the sequence in rising order, then −1 where fewer exist. Sums are in fp32, or in fp64 for fp64, under autocast
-        too; so are the products, but "triton" rounds means and weights to the dtype of q. Gradients reach q, k, v, the
-        gates and `compressed`; none passes through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time
-        and O(Tk + Tq·n) memory for both passes. "triton" is deterministic and never waits for the device.
+        the sequence in rising order, then −1 where fewer exist. Sums and products are in fp32, in fp64 for fp64, under
+        autocast too, but "triton" rounds means and weights to the dtype of q. Gradients reach all floating inputs, not
+        through the selection. But for "reference", O(Tq·(Tk/S + n·S + window)) time and O(Tk + Tq·n) memory for both
+        passes. "triton" is deterministic and never waits for the device.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, number or backend does not fit.
-        ImportError: backend "triton" without Triton.
+        TypeError, ValueError: a dtype, shape, device, number or backend does not fit. ImportError: Triton is missing.
     """
     _check_rows(q, k, v, gates)
     _check_blocks(q, k, v, block_size, num_blocks, window, compressed)
     _check_sequences(q, k, lengths, cu_seqlens, compressed)
     run, scale = _backend(backend, q, v, num_blocks), q.shape[-1] ** -0.5 if scale is None else scale
+    sizes = (block_size, num_blocks, window)
     with without_autocast(q):
         if cu_seqlens is None or len(cu_seqlens) == 2:
-            return run(q, k, v, gates, block_size, num_blocks, window, lengths, None, compressed, scale)
-        packing = Packing.of(cu_seqlens, q.shape[1], block_size)
-        q, k, v, gates = (packing.spread(x) for x in (q, k, v, gates))
-        out, blocks = run(q, k, v, gates, block_size, num_blocks, window, None, packing.begins, None, scale)
-        return packing.gather(out), packing.within(packing.gather(blocks))
+            return run(q, k, v, gates, *sizes, lengths, None, compressed, scale)
+        return _packed(run, q, k, v, gates, sizes, Packing.of(cu_seqlens, q.shape[1], block_size), scale)
+
+
+def _packed(
+    run: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    sizes: tuple[int, int, int],
+    packing: Packing,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Sequences whose tokens stand as `packing` says while they are attended to."""
+    q, k, v, gates = (packing.spread(x) for x in (q, k, v, gates))
+    return packing.gather(*run(q, k, v, gates, *sizes, None, packing.begins, None, scale))
 
 
 def _backend(name: str | None, q: Tensor, v: Tensor, num_blocks: int) -> Backend:

@@ -36,7 +36,7 @@ def compressed_attention(
     Returns:
         Output [R, Tq, G, V]; base-2 log-sum-exp [R, Tq, G]; chosen blocks int64 [R, Tq, n], −1 where fewer exist.
     """
-    out, log_sum, chosen = _empty_outputs(q, k, v, positions, begins, keys, block_size, num_blocks)
+    out, log_sum, chosen = _empty_outputs(q, v, num_blocks)
     for tile in _tiles(q, positions, begins, keys, block_size):
         importance = q.new_zeros(tile.hidden.shape[0], tile.hidden.shape[1], 0)
         if tile.hidden.shape[2]:
@@ -50,17 +50,12 @@ def compressed_attention(
 
 
 @compressed_attention.register_fake
-def _empty_outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    begins: Tensor | None,
-    keys: int,
-    block_size: int,
-    num_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = positions.new_empty(*q.shape[:2], num_blocks)
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(q, v, num_blocks=others[-1])
+
+
+def _empty_outputs(q: Tensor, v: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = q.new_empty(*q.shape[:2], num_blocks, dtype=torch.int64)
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3]), chosen
 
 

@@ -55,13 +55,11 @@ class Packing(NamedTuple):
             return x
         return x.new_zeros(1, self.rows, *x.shape[2:]).index_copy_(1, self.place, x)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[1, M·S, ...] → [1, T, ...]."""
-        return x if self.rows == len(self.place) else x.index_select(1, self.place)
-
-    def within(self, blocks: Tensor) -> Tensor:
-        """Chosen blocks [1, T, Hkv, n], numbered in the row, by their numbers in the sequence; −1 stays."""
-        return torch.where(blocks < 0, blocks, blocks - self.first.view(1, -1, 1, 1))
+    def gather(self, out: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [1, M·S, ...] → [1, T, ...], and the chosen blocks by their numbers in the sequence; −1 stays."""
+        if self.rows != len(self.place):
+            out, blocks = (x.index_select(1, self.place) for x in (out, blocks))
+        return out, torch.where(blocks < 0, blocks, blocks - self.first.view(1, -1, 1, 1))
 
 
 def _can_look(cu_seqlens: Tensor) -> bool:
