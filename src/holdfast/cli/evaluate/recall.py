@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,30 +100,26 @@ class Recall:
         self, samples: Mapping[str, list[RecallSample]], tokenizers: Mapping[Path, Any]
     ) -> dict[str, list[RecallSample]]:
         """The samples that, with an answer, are no longer than any model was trained on; all of them if `beyond`."""
+        from holdfast.configuration import HybridConfig
+
         if self.beyond:
             return dict(samples)
-        fitting = {
-            task: [sample for sample, fits in zip(asked, self._fit(asked, tokenizers), strict=True) if fits]
-            for task, asked in samples.items()
-        }
+        told = {directory: HybridConfig.from_pretrained(directory).max_position_embeddings for directory in tokenizers}
+        limits = " or ".join(f"the {length:,} tokens that {name} was trained on" for name, length in told.items())
+        fitting = {task: list(asked) for task, asked in samples.items()}
+        for asked, (directory, tokenizer) in itertools.product(fitting.values(), tokenizers.items()):
+            prompts = tokenizer([sample.prompt for sample in asked]).input_ids if asked else []
+            room = told[directory] - self.new_tokens
+            asked[:] = [sample for sample, ids in zip(asked, prompts, strict=True) if len(ids) <= room]
         for task, asked in fitting.items():
-            count, room = len(samples[task]) - len(asked), f"answers of {self.new_tokens} tokens"
-            limits = " or ".join(f"the {_told(d):,} tokens that {d} was trained on" for d in tokenizers)
-            what = f"{count:,} of {len(samples[task]):,} prompts of {task} with {room} are longer than {limits}"
+            count, answers = len(samples[task]) - len(asked), f"answers of {self.new_tokens} tokens"
+            what = f"{count:,} of {len(samples[task]):,} prompts of {task} with {answers} are longer than {limits}"
             if count and not (self.skip_long and asked):
                 advice = "--beyond to ask them all the same" + (", or --skip-long to leave them out" if asked else "")
                 raise UsageError(f"{what} (max_position_embeddings); give {advice}.")
             if count:
                 error_console().print(f"{what}: left out.", soft_wrap=True)
         return fitting
-
-    def _fit(self, asked: Sequence[RecallSample], tokenizers: Mapping[Path, Any]) -> list[bool]:
-        prompts = [sample.prompt for sample in asked]
-        fits = [True] * len(prompts)
-        for directory, tokenizer in tokenizers.items():
-            lengths = [len(ids) + self.new_tokens for ids in tokenizer(prompts).input_ids]
-            fits = [fit and length <= _told(directory) for fit, length in zip(fits, lengths, strict=True)]
-        return fits
 
     def _write(self, path: Path, results: Mapping[str, Mapping[str, RecallResult]]) -> None:
         settings = {
@@ -136,13 +133,6 @@ class Recall:
         }
         models = {name: {task: r.to_dict() for task, r in tasks.items()} for name, tasks in results.items()}
         write_results(path, "recall", settings, models)
-
-
-def _told(directory: Path) -> int:
-    """The length that the model was trained on."""
-    from holdfast.configuration import HybridConfig
-
-    return int(HybridConfig.from_pretrained(directory).max_position_embeddings)
 
 
 def _show(results: Mapping[str, Mapping[str, RecallResult]]) -> Table:
