@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from holdfast.ops.gated_delta_rule import chunked, gated_delta_rule, gated_delta_step
+from holdfast.ops.gated_delta_rule import chunked, gated_delta_rule, gated_delta_step, native
+
+# C++ computes in float32 only.
+NATIVE = ["native"] if native.is_available() else []
 
 
 @pytest.fixture
@@ -55,12 +58,12 @@ def test_float32(T: int) -> None:
     inputs = make_inputs(T, seed=T, dtype=torch.float32)
     exact = {n: x.double() for n, x in inputs.items()}
     expected = {n: x.float() for n, x in values_and_gradients(exact, backend="reference").items()}
-    for backend in ("chunked", "reference", None):
+    for backend in ("chunked", "reference", *NATIVE, None):
         assert_all_close(values_and_gradients(inputs, backend=backend), expected, 1e-5)
 
 
 @pytest.mark.parametrize("T", [1, 65, 130])
-@pytest.mark.parametrize("backend", ["reference", "chunked", None])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *NATIVE, None])
 def test_bfloat16_computes_in_float32(T: int, backend: str | None) -> None:
     inputs = make_inputs(T, seed=T, dtype=torch.bfloat16)
     exact = values_and_gradients({n: x.double() for n, x in inputs.items()}, backend="reference")
@@ -73,7 +76,7 @@ def test_bfloat16_computes_in_float32(T: int, backend: str | None) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 40])
-@pytest.mark.parametrize("backend", ["reference", "chunked", None])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *NATIVE, None])
 def test_autocast_does_not_lower_float32(T: int, backend: str | None) -> None:
     inputs = make_inputs(T, dtype=torch.float32)
     expected, expected_state = run(inputs, backend=backend)
@@ -145,7 +148,7 @@ def test_steps_equal_one_pass() -> None:
     torch.testing.assert_close(state, final_state)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", None])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *NATIVE, None])
 @pytest.mark.parametrize("T", [1, 5, 70])
 def test_pads_leave_the_state_untouched_to_the_bit(backend: str | None, T: int) -> None:
     inputs = make_inputs(T, dtype=torch.float32)
@@ -165,15 +168,17 @@ def test_pads_among_tokens_change_nothing() -> None:
     torch.testing.assert_close(state, final_state)
 
 
+@pytest.mark.parametrize("backend", ["chunked", *NATIVE])
 @pytest.mark.parametrize("decay", [0.0, -1e-4, -50.0, -5000.0, -float("inf")])
-def test_extreme_decays(decay: float) -> None:
+def test_extreme_decays(decay: float, backend: str) -> None:
     inputs = make_inputs(100, dtype=torch.float32)
     strong = torch.rand(inputs["g"].shape, generator=torch.Generator().manual_seed(1)) < 0.5
     for g in (torch.full_like(inputs["g"], decay), inputs["g"].masked_fill(strong, decay)):
-        actual = values_and_gradients(inputs | {"g": g}, backend="chunked")
+        actual = values_and_gradients(inputs | {"g": g}, backend=backend)
         expected = values_and_gradients(inputs | {"g": g}, backend="reference")
-        # e^(G_i − G_j) is as exact as the running sum G, whose unit in the last place is 2e-4 at 32 · 105.
-        assert_all_close(actual, expected, 1e-5 if decay > -1 else 2e-4)
+        # e^(G_i − G_j) is as exact as the running sum G, whose unit in the last place is 2e-4 at 32 · 105; C++ sums in
+        # float64.
+        assert_all_close(actual, expected, 1e-5 if decay > -1 or backend == "native" else 2e-4)
 
 
 def test_no_decay_and_full_writes_recall_the_last_value_of_a_key() -> None:
@@ -207,16 +212,20 @@ def test_packed_equals_separate_with_gradients(offsets: list[int], backend: str 
         torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_packed_sequences_do_not_leak_at_all() -> None:
+@pytest.mark.parametrize("backend", ["chunked", *NATIVE])
+def test_packed_sequences_do_not_leak_at_all(backend: str) -> None:
     inputs, other = (make_inputs(70, seed=seed, B=1, dtype=torch.float32) for seed in (0, 9))
     changed = {n: torch.cat((other[n][:, :37], inputs[n][:, 37:]), dim=1) for n in NAMES[:5]}
     cu_seqlens = torch.tensor([0, 37, 70])
-    first, second = (gated_delta_rule(*(x[n] for n in NAMES[:5]), cu_seqlens=cu_seqlens)[0] for x in (inputs, changed))
+    first, second = (
+        gated_delta_rule(*(x[n] for n in NAMES[:5]), cu_seqlens=cu_seqlens, backend=backend)[0]
+        for x in (inputs, changed)
+    )
     assert not torch.equal(first[:, :37], second[:, :37])
     assert torch.equal(first[:, 37:], second[:, 37:])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "fla", None])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native", "fla", None])
 def test_no_tokens(backend: str | None) -> None:
     inputs = make_inputs(0, dtype=torch.bfloat16)
     out, state = run(inputs, backend=backend)

@@ -73,7 +73,7 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], words: st
 
 def test_unknown_backend_and_long_step() -> None:
     inputs = make_inputs(6)
-    with pytest.raises(ValueError, match="reference, chunked, fla"):
+    with pytest.raises(ValueError, match="reference, chunked, native, fla"):
         run(inputs, backend="triton")
     with pytest.raises(ValueError, match="one token but got 6"):
         gated_delta_step(*inputs.values())
@@ -148,11 +148,18 @@ def test_missing_fla_says_what_to_install() -> None:
 
 def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def best(device: str, dtype: torch.dtype) -> str:
-        return package._best_backend(types.SimpleNamespace(device=torch.device(device), dtype=dtype))
+        x = types.SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 9, 3, 4))
+        return package._best_backend(x, x)
 
+    monkeypatch.setattr(package.native, "is_available", lambda: True)
+    for threads, expected in ((12, "native"), (13, "chunked"), (1, "native")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert best("cpu", torch.float32) == best("cpu", torch.bfloat16) == expected
+    assert best("cpu", torch.float64) == "chunked"
+    monkeypatch.setattr(package.native, "is_available", lambda: False)
+    assert best("cpu", torch.float32) == "chunked"
     monkeypatch.setattr(package.fla, "is_available", lambda: True)
     monkeypatch.setattr(package.fla, "allows_tf32", lambda: False)
-    assert best("cpu", torch.bfloat16) == "chunked"
     assert best("cuda", torch.bfloat16) == "fla"
     assert best("cuda", torch.float64) == "chunked"
     assert best("cuda", torch.float32) == "chunked"
@@ -165,10 +172,10 @@ def test_slow_fallback_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     package._warn_slow.cache_clear()
     v = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="fla-core is not installed"):
-        assert package._best_backend(v) == "chunked"
+        assert package._best_backend(v, v) == "chunked"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert package._best_backend(v) == "chunked"
+        assert package._best_backend(v, v) == "chunked"
 
 
 @pytest.mark.skipif(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace {
 
@@ -53,6 +54,38 @@ inline Vec exp2(Vec x) {
   power = power * rest + 1.0f;
   const Ints exponent = ((Ints)shifted << 23) + (127 << 23);
   return power * (Vec)exponent;
+}
+
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+
+#if __has_builtin(__builtin_shufflevector)
+// Lanes of a and b in turn, from their first halves or from their second ones.
+template <int kFirst, size_t... lane>
+inline Vec interleave(Vec a, Vec b, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(a, b, int(kFirst + lane / 2 + lane % 2 * kLanes)...);
+}
+#endif
+
+// to[j][i] = from[i][j] for i, j < kLanes.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if __has_builtin(__builtin_shufflevector)
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  Vec rows[kLanes], next[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_stride);
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], lanes);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, rows[i]);
+#else
+  for (int j = 0; j < kLanes; ++j)
+    for (int i = 0; i < kLanes; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
 }
 
 // c[i][0 .. kPanel) = (kAdd ? c : 0) + sum over k < depth of a(i, k) * b[k][0 .. kPanel), for i < N, where a(i, k) is

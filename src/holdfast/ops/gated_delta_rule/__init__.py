@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.ops import one_token
 from holdfast.ops.precision import compute_dtype, without_autocast
 
-from . import fla
+from . import fla, native
 from .chunked import gated_delta_rule_chunked
 from .reference import gated_delta_rule_reference
 
@@ -19,6 +19,7 @@ __all__ = ["gated_delta_rule", "gated_delta_step"]
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": gated_delta_rule_reference,
     "chunked": gated_delta_rule_chunked,
+    "native": native.gated_delta_rule_native,
     "fla": fla.gated_delta_rule_fla,
 }
 
@@ -51,9 +52,10 @@ def gated_delta_rule(
         cu_seqlens: integer [N+1], offsets 0 … T of N sequences packed into one row (B = 1); each starts from a zero
             state, and some may be empty. Its values are checked only on the CPU and outside torch.compile, to spare
             a device synchronisation. Excludes initial_state and output_final_state.
-        backend: "reference" (token by token), "chunked" (PyTorch, any device) or "fla" (fla-core, CUDA). None takes
-            fla on CUDA where it keeps the precision of v (bfloat16, float16, and float32 where
-            `torch.set_float32_matmul_precision` allows TF32), otherwise chunked; one token takes `gated_delta_step`.
+        backend: "reference" (token by token), "chunked" (PyTorch, any device), "native" (C++, CPU, no float64) or "fla"
+            (fla-core, CUDA). None takes native where there is a compiler, and heads and rows for at least half of the
+            threads; fla on CUDA where it keeps the precision of v (bfloat16, float16, and float32 where
+            `torch.set_float32_matmul_precision` allows TF32); otherwise chunked. One token takes `gated_delta_step`.
 
     Returns:
         (out, final_state): out [B, T, Hv, V] in v's dtype; final_state [B, Hv, K, V] in float32 (float64 for
@@ -64,6 +66,7 @@ def gated_delta_rule(
         ValueError: shapes do not fit together, the backend is unknown, or cu_seqlens comes with a state.
         TypeError: cu_seqlens is not integer, or a tensor is not floating.
         ImportError: backend "fla" without fla-core.
+        RuntimeError: backend "native" without a compiler, on another device, or for float64.
     """
     _check(q, k, v, g, beta, initial_state)
     if cu_seqlens is not None:
@@ -78,7 +81,7 @@ def gated_delta_rule(
     elif T == 1 and backend is None and cu_seqlens is None:
         out, final_state = gated_delta_step(q, k, v, g, beta, state, scale=scale)
     else:
-        run = _BACKENDS[backend or _best_backend(v)]
+        run = _BACKENDS[backend or _best_backend(k, v)]
         with without_autocast(v):
             out, final_state = run(q, k, v, g, beta, scale, state, cu_seqlens)
     return out, final_state if output_final_state else None
@@ -121,7 +124,9 @@ def gated_delta_step(
     return out.reshape(B, 1, Hv, V).to(v.dtype), new_state.view(B, Hv, K, V)
 
 
-def _best_backend(v: Tensor) -> str:
+def _best_backend(k: Tensor, v: Tensor) -> str:
+    if native.supports(k, v):
+        return "native"
     if v.device.type != "cuda" or not fla.supports(v.dtype):
         return "chunked"
     if fla.is_available():

@@ -1,0 +1,519 @@
+// The gated delta rule on a CPU in fp32, one chunk of tokens at a time, which never leaves the cache. The mathematics is
+// that of chunked.py; what differs:
+//
+// - The errors e_i = v_i - k_i^T S_i, with S_i the decayed state that token i meets, are found by substitution:
+//       e = (v - e^G (k S)) + A (beta e)        A_ij = -e^(G_i - G_j) k_i.k_j for j < i
+//   and the tokens write beta e. The backward pass reads e and the chunks' states, and computes the rest anew.
+// - A chunk ends where a sequence ends, so that packed sequences need no masks.
+//
+// One task is one key head of one sequence row, with the value heads that share it. Matrices of a chunk lie in rows
+// padded with zeros to whole panels, an odd number of cache lines apart, so that a column does not fall into few sets
+// of the cache.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../vectors.h"
+
+extern "C" {
+
+struct Sizes {
+  int64_t batch, tokens, key_heads, groups, dim, value_dim, chunk;
+  int64_t sequences, slots;  // slots: chunks that `states` has room for
+  float scale;
+};
+
+// All contiguous. What a pass does not need is null.
+struct Tensors {
+  const float *q, *k;           // [batch, tokens, key_heads, dim]
+  const float *v, *g, *beta;    // [batch, tokens, key_heads * groups, value_dim], and without value_dim
+  const int64_t* offsets;       // [sequences + 1]; sequences start from zero, and there is no initial state, if not null
+  const float* initial;         // [batch, key_heads * groups, dim, value_dim]
+  float *out, *final_state;     // like v, like initial
+  float *errors, *states;       // like v; [batch, key_heads * groups, slots, dim, value_dim], may be null
+  const float *d_out, *d_final;
+  float *dq, *dk, *dv, *dg, *dbeta, *d_initial;
+};
+}
+
+namespace {
+
+constexpr int kRows = 2 * kSums;  // rows of a triangle that are computed at once
+constexpr float kLog2e = 1.44269504f;
+// Below this, a factor e^g is 0 in any case. Bounded sums keep -inf out of differences.
+const float kLowest = 1.2f * std::log(std::numeric_limits<float>::min());
+
+// Rows of floats, `stride` apart.
+struct Grid {
+  float* data;
+  int64_t stride;
+  float* row(int64_t i) const { return data + i * stride; }
+};
+
+int64_t padded(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+int64_t spread(int64_t columns) {
+  const int64_t lines = padded(columns) / 16;
+  return 16 * (lines + 1 - lines % 2);
+}
+
+// Memory for grids, zeroed, at the beginning of a cache line.
+class Arena {
+ public:
+  Grid grid(int64_t rows, int64_t columns) {
+    const int64_t stride = spread(columns), most = 16;
+    blocks_.emplace_back(rows * stride + most);
+    float* data = blocks_.back().data();
+    const auto past = reinterpret_cast<std::uintptr_t>(data) % 64;
+    return {past ? data + (64 - past) / sizeof(float) : data, stride};
+  }
+
+ private:
+  std::vector<std::vector<float>> blocks_;
+};
+
+struct Chunk {
+  int64_t begin, length;
+  bool opens, closes;  // whether a sequence begins with it, or ends
+};
+
+std::vector<Chunk> chunks_of(const Sizes& sizes, const Tensors& t) {
+  std::vector<Chunk> chunks;
+  for (int64_t s = 0; s < (t.offsets ? sizes.sequences : 1); ++s) {
+    const int64_t begin = t.offsets ? t.offsets[s] : 0, end = t.offsets ? t.offsets[s + 1] : sizes.tokens;
+    for (int64_t at = begin; at < end; at += sizes.chunk)
+      chunks.push_back({at, std::min(sizes.chunk, end - at), at == begin, at + sizes.chunk >= end});
+  }
+  return chunks;
+}
+
+// to[i] = factor * from[i]
+inline void scaled(const float* from, float factor, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
+}
+
+// to[i] += factor * from[i], in whole vectors
+inline void add_scaled(const float* from, float factor, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(to + i) + factor * load(from + i));
+}
+
+// In whole vectors.
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vec total{};
+  for (int64_t i = 0; i < count; i += kLanes) total += load(a + i) * load(b + i);
+  return sum(total);
+}
+
+// to[j][i] = from[i][j]
+void turn(const Grid& from, int64_t rows, int64_t columns, const Grid& to) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t height = std::min<int64_t>(kLanes, rows - i), width = std::min<int64_t>(kLanes, columns - j);
+      if (height == kLanes && width == kLanes) {
+        transpose(from.row(i) + j, from.stride, to.row(j) + i, to.stride);
+        continue;
+      }
+      for (int64_t y = j; y < j + width; ++y)
+        for (int64_t x = i; x < i + height; ++x) to.row(y)[x] = from.row(x)[y];
+    }
+}
+
+// c (+)= a b, or a^T b: as in vectors.h, with whole panels of columns.
+template <bool kTurned, bool kAdd>
+void product(int64_t rows, int64_t depth, int64_t columns, const Grid& a, const Grid& b, const Grid& c) {
+  multiply<kTurned, kAdd>(rows, depth, padded(columns) / kPanel, a.data, a.stride, b.data, b.stride, kPanel, c.data,
+                          c.stride);
+}
+
+Grid from(const Grid& grid, int64_t row, int64_t column = 0) { return {grid.row(row) + column, grid.stride}; }
+
+// What both passes need of a chunk and a value head.
+class Head {
+ public:
+  explicit Head(const Sizes& sizes)
+      : sizes_(sizes),
+        q(arena.grid(sizes.chunk, sizes.dim)),
+        k(arena.grid(sizes.chunk, sizes.dim)),
+        k_turned(arena.grid(sizes.dim, sizes.chunk)),
+        system(arena.grid(sizes.chunk, sizes.chunk)),
+        attention(arena.grid(sizes.chunk, sizes.chunk)),
+        decay(arena.grid(sizes.chunk, sizes.chunk)),
+        written(arena.grid(sizes.chunk, sizes.value_dim)),
+        total_(sizes.chunk),
+        entry(sizes.chunk),
+        exit(sizes.chunk),
+        beta(sizes.chunk) {}
+
+  // Positions of a token of this task in q and k, v, and g and beta.
+  int64_t key_at(int64_t token) const { return ((batch * sizes_.tokens + token) * sizes_.key_heads + key_head) * sizes_.dim; }
+  int64_t value_at(int64_t token) const { return scalar_at(token) * sizes_.value_dim; }
+  int64_t scalar_at(int64_t token) const { return (batch * sizes_.tokens + token) * value_heads() + value_head(); }
+  int64_t state_at() const { return (batch * value_heads() + value_head()) * sizes_.dim * sizes_.value_dim; }
+  int64_t slot_at(int64_t slot) const {
+    return ((batch * value_heads() + value_head()) * sizes_.slots + slot) * sizes_.dim * sizes_.value_dim;
+  }
+
+  // Queries, keys, decays, the system A and the attention e^(G_i - G_j) q_i.k_j for j <= i of a chunk.
+  void read(const Tensors& t, const Chunk& chunk) {
+    length = chunk.length;
+    double sum = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t token = chunk.begin + i;
+      std::copy_n(t.q + key_at(token), sizes_.dim, q.row(i));
+      std::copy_n(t.k + key_at(token), sizes_.dim, k.row(i));
+      beta[i] = t.beta[scalar_at(token)];
+      sum += std::max(t.g[scalar_at(token)], kLowest) * double(kLog2e);
+      total_[i] = sum;
+    }
+    turn(k, length, sizes_.dim, k_turned);
+    find_decays();
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, length - i), columns = i + rows;
+      product<false, false>(rows, sizes_.dim, columns, from(k, i), k_turned, from(system, i));
+      product<false, false>(rows, sizes_.dim, columns, from(q, i), k_turned, from(attention, i));
+      for (int64_t row = i; row < columns; ++row) {
+        for (int64_t j = 0; j < padded(length); j += kLanes) {
+          const Vec factors = load(decay.row(row) + j);  // 0 after the diagonal, where other numbers are of no meaning
+          store(system.row(row) + j, factors != 0 ? -factors * load(system.row(row) + j) : Vec{});
+          store(attention.row(row) + j, factors != 0 ? factors * load(attention.row(row) + j) : Vec{});
+        }
+        system.row(row)[row] = 0;
+      }
+    }
+  }
+
+ private:
+  void find_decays() {
+    const double last = total_[length - 1];
+    for (int64_t i = 0; i < length; ++i) {
+      float* row = decay.row(i);
+      for (int64_t j = 0; j <= i; ++j) row[j] = total_[i] - total_[j];
+      std::fill(row + i + 1, row + padded(length), -1e30f);
+      for (int64_t j = 0; j < padded(length); j += kLanes) store(row + j, exp2(load(row + j)));
+      entry[i] = std::exp2(float(total_[i]));
+      exit[i] = std::exp2(float(last - total_[i]));
+    }
+  }
+
+  int64_t value_heads() const { return sizes_.key_heads * sizes_.groups; }
+  int64_t value_head() const { return key_head * sizes_.groups + group; }
+
+  const Sizes sizes_;
+
+ public:
+  Arena arena;
+  int64_t batch, key_head, group, length;
+  Grid q, k, k_turned, system, attention, decay;
+  Grid written;  // beta e
+ private:
+  std::vector<double> total_;  // G in base 2
+
+ public:
+  std::vector<float> entry, exit, beta;  // e^G from the chunk's entry, and to its end
+  float across() const { return entry[length - 1]; }
+};
+
+class Forward {
+ public:
+  Forward(const Sizes& sizes, const Tensors& tensors)
+      : sizes_(sizes),
+        t_(tensors),
+        head(sizes),
+        chunks_(chunks_of(sizes, tensors)),
+        state_(head.arena.grid(sizes.dim, sizes.value_dim)),
+        errors_(head.arena.grid(sizes.chunk, sizes.value_dim)),
+        out_(head.arena.grid(sizes.chunk, sizes.value_dim)) {}
+
+  void run() {
+    begin();
+    for (size_t n = 0; n < chunks_.size(); ++n) {
+      const Chunk& chunk = chunks_[n];
+      if (chunk.opens && n) clear();
+      if (t_.states) copy_state(t_.states + head.slot_at(n));
+      head.read(t_, chunk);
+      find_errors(chunk);
+      answer(chunk);
+      leave();
+    }
+    copy_state(t_.final_state + head.state_at());
+    const int64_t used = chunks_.size(), size = sizes_.dim * sizes_.value_dim;
+    if (t_.states) std::fill_n(t_.states + head.slot_at(used), (sizes_.slots - used) * size, 0.0f);
+  }
+
+ private:
+  const Sizes& sizes_;
+  const Tensors& t_;
+
+ public:
+  Head head;
+
+ private:
+  void begin() {
+    clear();
+    if (!t_.offsets)
+      for (int64_t c = 0; c < sizes_.dim; ++c)
+        std::copy_n(t_.initial + head.state_at() + c * sizes_.value_dim, sizes_.value_dim, state_.row(c));
+  }
+
+  void clear() { std::fill_n(state_.data, sizes_.dim * state_.stride, 0.0f); }
+
+  void copy_state(float* to) const {
+    for (int64_t c = 0; c < sizes_.dim; ++c) std::copy_n(state_.row(c), sizes_.value_dim, to + c * sizes_.value_dim);
+  }
+
+  // By substitution, some rows at a time.
+  void find_errors(const Chunk& chunk) {
+    const int64_t length = head.length, width = padded(sizes_.value_dim);
+    product<false, false>(length, sizes_.dim, sizes_.value_dim, head.k, state_, errors_);
+    for (int64_t i = 0; i < length; ++i) {
+      const float* v = t_.v + head.value_at(chunk.begin + i);
+      float* row = errors_.row(i);
+      for (int64_t c = 0; c < sizes_.value_dim; ++c) row[c] = v[c] - head.entry[i] * row[c];
+    }
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t end = std::min(i + kRows, length);
+      product<false, true>(end - i, i, sizes_.value_dim, from(head.system, i), head.written, from(errors_, i));
+      for (int64_t row = i; row < end; ++row) {
+        for (int64_t j = i; j < row; ++j) add_scaled(head.written.row(j), head.system.row(row)[j], errors_.row(row), width);
+        scaled(errors_.row(row), head.beta[row], head.written.row(row), width);
+      }
+    }
+    if (t_.errors)
+      for (int64_t i = 0; i < length; ++i)
+        std::copy_n(errors_.row(i), sizes_.value_dim, t_.errors + head.value_at(chunk.begin + i));
+  }
+
+  void answer(const Chunk& chunk) {
+    product<false, false>(head.length, sizes_.dim, sizes_.value_dim, head.q, state_, out_);
+    for (int64_t i = 0; i < head.length; ++i) scaled(out_.row(i), head.entry[i], out_.row(i), padded(sizes_.value_dim));
+    for (int64_t i = 0; i < head.length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, head.length - i);
+      product<false, true>(rows, i + rows, sizes_.value_dim, from(head.attention, i), head.written, from(out_, i));
+    }
+    for (int64_t i = 0; i < head.length; ++i)
+      scaled(out_.row(i), sizes_.scale, t_.out + head.value_at(chunk.begin + i), sizes_.value_dim);
+  }
+
+  void leave() {
+    const int64_t width = padded(sizes_.value_dim);
+    for (int64_t i = 0; i < head.length; ++i) scaled(head.written.row(i), head.exit[i], head.written.row(i), width);
+    for (int64_t c = 0; c < sizes_.dim; ++c) scaled(state_.row(c), head.across(), state_.row(c), width);
+    product<true, true>(sizes_.dim, head.length, sizes_.value_dim, head.k, head.written, state_);
+  }
+
+  const std::vector<Chunk> chunks_;
+  Grid state_, errors_, out_;
+};
+
+class Backward {
+ public:
+  Backward(const Sizes& sizes, const Tensors& tensors)
+      : sizes_(sizes),
+        t_(tensors),
+        head(sizes),
+        chunks_(chunks_of(sizes, tensors)),
+        state_turned_(head.arena.grid(sizes.value_dim, sizes.dim)),
+        d_state_(head.arena.grid(sizes.dim, sizes.value_dim)),
+        d_state_turned_(head.arena.grid(sizes.value_dim, sizes.dim)),
+        errors_(head.arena.grid(sizes.chunk, sizes.value_dim)),
+        written_turned_(head.arena.grid(sizes.value_dim, sizes.chunk)),
+        d_out_(head.arena.grid(sizes.chunk, sizes.value_dim)),
+        d_written_(head.arena.grid(sizes.chunk, sizes.value_dim)),
+        d_errors_(head.arena.grid(sizes.chunk, sizes.value_dim)),
+        d_system_(head.arena.grid(sizes.chunk, sizes.chunk)),
+        d_attention_(head.arena.grid(sizes.chunk, sizes.chunk)),
+        dq_(head.arena.grid(sizes.chunk, sizes.dim)),
+        dk_(head.arena.grid(sizes.chunk, sizes.dim)),
+        through_(padded(sizes.chunk)),
+        d_total_(sizes.chunk) {}
+
+  void run() {
+    begin();
+    for (size_t n = chunks_.size(); n-- > 0;) {
+      const Chunk& chunk = chunks_[n];
+      if (chunk.closes && n + 1 < chunks_.size()) clear();
+      head.read(t_, chunk);
+      read(chunk, t_.states + head.slot_at(n));
+      differentiate_written(chunk);
+      differentiate_products();
+      differentiate_states();
+      write(chunk);
+    }
+    for (int64_t c = 0; c < sizes_.dim; ++c) {
+      float* to = t_.d_initial + head.state_at() + c * sizes_.value_dim;
+      if (t_.offsets)
+        std::fill_n(to, sizes_.value_dim, 0.0f);
+      else
+        std::copy_n(d_state_.row(c), sizes_.value_dim, to);
+    }
+  }
+
+ private:
+  const Sizes& sizes_;
+  const Tensors& t_;
+
+ public:
+  Head head;
+
+ private:
+  void begin() {
+    clear();
+    if (t_.d_final && !t_.offsets)
+      for (int64_t c = 0; c < sizes_.dim; ++c)
+        std::copy_n(t_.d_final + head.state_at() + c * sizes_.value_dim, sizes_.value_dim, d_state_.row(c));
+  }
+
+  void clear() { std::fill_n(d_state_.data, sizes_.dim * d_state_.stride, 0.0f); }
+
+  void read(const Chunk& chunk, float* state) {
+    const int64_t value_dim = sizes_.value_dim;
+    for (int64_t i = 0; i < head.length; ++i) {
+      const int64_t at = head.value_at(chunk.begin + i);
+      std::copy_n(t_.errors + at, value_dim, errors_.row(i));
+      scaled(t_.errors + at, head.beta[i], head.written.row(i), value_dim);
+      scaled(t_.d_out + at, sizes_.scale, d_out_.row(i), value_dim);
+    }
+    turn(head.written, head.length, value_dim, written_turned_);
+    turn({state, value_dim}, sizes_.dim, value_dim, state_turned_);
+    turn(d_state_, sizes_.dim, value_dim, d_state_turned_);
+  }
+
+  // Gradients of what the tokens write, from the last token to the first, and through it of the errors and of beta.
+  void differentiate_written(const Chunk& chunk) {
+    const int64_t length = head.length, width = padded(sizes_.value_dim);
+    product<false, false>(length, sizes_.dim, sizes_.value_dim, head.k, d_state_, d_written_);
+    double after = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      scaled(d_written_.row(i), head.exit[i], d_written_.row(i), width);
+      const float through_exit = dot(d_written_.row(i), head.written.row(i), width);
+      d_total_[i] = -through_exit;
+      after += through_exit;
+    }
+    for (int64_t c = 0; c < sizes_.value_dim; ++c)
+      after += head.across() * dot(state_turned_.row(c), d_state_turned_.row(c), padded(sizes_.dim));
+    d_total_[length - 1] += after;
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, length - i);
+      product<true, true>(rows, length - i, sizes_.value_dim, from(head.attention, i, i), from(d_out_, i), from(d_written_, i));
+    }
+    for (int64_t end = length; end > 0;) {
+      const int64_t first = (end - 1) / kRows * kRows;
+      product<true, true>(end - first, length - end, sizes_.value_dim, from(head.system, end, first), from(d_errors_, end),
+                          from(d_written_, first));
+      for (int64_t i = end; i-- > first;) {
+        t_.dbeta[head.scalar_at(chunk.begin + i)] = dot(d_written_.row(i), errors_.row(i), width);
+        scaled(d_written_.row(i), head.beta[i], d_errors_.row(i), width);
+        for (int64_t j = first; j < i; ++j)
+          add_scaled(d_errors_.row(i), head.system.row(i)[j], d_written_.row(j), width);
+      }
+      end = first;
+    }
+  }
+
+  // Gradients of q_i.k_j and k_i.k_j, and of the decays between tokens.
+  void differentiate_products() {
+    const int64_t length = head.length, value_dim = sizes_.value_dim;
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, length - i), columns = i + rows;
+      product<false, false>(rows, value_dim, columns, from(d_out_, i), written_turned_, from(d_attention_, i));
+      product<false, false>(rows, value_dim, columns, from(d_errors_, i), written_turned_, from(d_system_, i));
+    }
+    std::vector<float>& through = through_;  // of e^G_j
+    std::fill(through.begin(), through.end(), 0.0f);
+    for (int64_t i = 0; i < length; ++i) {
+      head.attention.row(i)[i] = 0;  // whose decay is 1, whatever G
+      Vec through_row{};
+      for (int64_t j = 0; j < padded(length); j += kLanes) {
+        const auto at = [&](const Grid& grid) { return grid.row(i) + j; };
+        const Vec decay = load(at(head.decay));  // 0 after the diagonal, where other numbers are of no meaning
+        const Vec d_attention = decay != 0 ? load(at(d_attention_)) : Vec{};
+        const Vec d_system = decay != 0 ? load(at(d_system_)) : Vec{};
+        const Vec both = d_attention * load(at(head.attention)) + d_system * load(at(head.system));
+        through_row += both;
+        store(&through[j], load(&through[j]) + both);
+        store(at(d_attention_), d_attention * decay);
+        store(at(d_system_), -d_system * decay);
+      }
+      d_total_[i] += sum(through_row);
+      d_system_.row(i)[i] = 0;
+    }
+    for (int64_t i = 0; i < length; ++i) d_total_[i] -= through[i];
+  }
+
+  void differentiate_states() {
+    const int64_t length = head.length, dim = sizes_.dim, value_dim = sizes_.value_dim, width = padded(value_dim);
+    // Not beyond value_dim, where zeros must stay zeros whatever the factor.
+    for (int64_t i = 0; i < length; ++i) scaled(d_out_.row(i), head.entry[i], d_out_.row(i), value_dim);
+    product<false, false>(length, value_dim, dim, d_out_, state_turned_, dq_);
+    for (int64_t i = 0; i < length; ++i) d_total_[i] += dot(dq_.row(i), head.q.row(i), padded(dim));
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, length - i);
+      product<false, true>(rows, i + rows, dim, from(d_attention_, i), head.k, from(dq_, i));
+    }
+    // d_errors_ itself is the gradient of v.
+    for (int64_t i = 0; i < length; ++i) scaled(d_errors_.row(i), -head.entry[i], d_written_.row(i), width);
+    product<false, false>(length, value_dim, dim, d_written_, state_turned_, dk_);
+    for (int64_t i = 0; i < length; ++i) d_total_[i] += dot(dk_.row(i), head.k.row(i), padded(dim));
+    for (int64_t i = 0; i < length; ++i) scaled(head.written.row(i), head.exit[i], head.written.row(i), value_dim);
+    product<false, true>(length, value_dim, dim, head.written, d_state_turned_, dk_);
+    for (int64_t i = 0; i < length; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, length - i);
+      product<false, true>(rows, i + rows, dim, from(d_system_, i), head.k, from(dk_, i));
+      product<true, true>(rows, length - i, dim, from(d_system_, i, i), from(head.k, i), from(dk_, i));
+      product<true, true>(rows, length - i, dim, from(d_attention_, i, i), from(head.q, i), from(dk_, i));
+    }
+    for (int64_t c = 0; c < dim; ++c) scaled(d_state_.row(c), head.across(), d_state_.row(c), width);
+    product<true, true>(dim, length, value_dim, head.q, d_out_, d_state_);
+    product<true, true>(dim, length, value_dim, head.k, d_written_, d_state_);
+  }
+
+  void write(const Chunk& chunk) {
+    double d_sum = 0;
+    for (int64_t i = head.length; i-- > 0;) {
+      const int64_t token = chunk.begin + i;
+      d_sum += d_total_[i];
+      t_.dg[head.scalar_at(token)] = t_.g[head.scalar_at(token)] < kLowest ? 0 : d_sum;
+      std::copy_n(d_errors_.row(i), sizes_.value_dim, t_.dv + head.value_at(token));
+      give(dq_.row(i), t_.dq + head.key_at(token));
+      give(dk_.row(i), t_.dk + head.key_at(token));
+    }
+  }
+
+  // The value heads of a key head share its gradient.
+  void give(const float* gradient, float* to) const {
+    for (int64_t c = 0; c < sizes_.dim; ++c) to[c] = head.group ? to[c] + gradient[c] : gradient[c];
+  }
+
+  const std::vector<Chunk> chunks_;
+  Grid state_turned_, d_state_, d_state_turned_, errors_, written_turned_, d_out_, d_written_, d_errors_;
+  Grid d_system_, d_attention_, dq_, dk_;
+  std::vector<float> through_;
+  std::vector<double> d_total_;  // of G
+};
+
+template <class Pass>
+void each_task(const Sizes& sizes, const Tensors& tensors, int64_t first, int64_t end) {
+  Pass pass(sizes, tensors);
+  for (int64_t task = first; task < end; ++task) {
+    pass.head.batch = task / sizes.key_heads;
+    pass.head.key_head = task % sizes.key_heads;
+    for (pass.head.group = 0; pass.head.group < sizes.groups; ++pass.head.group) pass.run();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void holdfast_forward(const Sizes* sizes, const Tensors* tensors, int64_t first, int64_t end) {
+  each_task<Forward>(*sizes, *tensors, first, end);
+}
+
+void holdfast_backward(const Sizes* sizes, const Tensors* tensors, int64_t first, int64_t end) {
+  each_task<Backward>(*sizes, *tensors, first, end);
+}
+}
