@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and convolutions of many rows in C++: PyTorch's numbers and gradients, in any number of threads."""
+"""Norms, SwiGLU, rotations and convolutions in C++: PyTorch's numbers and gradients, in any number of threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from holdfast.ops import fused, threads
 from holdfast.ops.norms import gated_rms_norm, l2_norm, rms_norm
+from holdfast.ops.rotary import apply_rotary
 from holdfast.ops.short_convolution import short_convolution
 from holdfast.ops.swiglu import swiglu
 
@@ -276,3 +277,45 @@ def test_second_derivatives_of_the_convolution() -> None:
 def test_swiglu_of_other_shapes_is_pytorchs() -> None:
     gate, up = torch.randn(64, 64), torch.randn(64)
     torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize(("batch", "tables"), [(3, 3), (3, 1), (1, 1)])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(41, 9, 66), (700, 3, 4), (5, 1, 2000)])
+def test_rotation(
+    batch: int, tables: int, tokens: int, heads: int, dim: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    call = fused._call
+    monkeypatch.setattr(fused, "_call", lambda *given: (called.append(given[0]), call(*given)))
+    monkeypatch.setattr(threads, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
+    torch.manual_seed(tokens)
+    x, grad = torch.randn(2, batch, tokens, heads, dim)
+    angles = 6 * torch.randn(tables, tokens, dim // 2)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        out = apply_rotary(leaf, angles.to(dtype).cos(), angles.to(dtype).sin())
+        return [out.detach(), *torch.autograd.grad(out, leaf, grad.to(dtype))]
+
+    ours = run(torch.float32)
+    assert set(called) <= {"holdfast_rotate"}
+    assert len(called) == 2
+    for one, other in zip(ours, run(torch.float64), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=3e-6, atol=3e-6)
+
+
+def test_rotation_by_learned_angles_and_back() -> None:
+    x, angles = torch.randn(2, 70, 4, 32), torch.randn(1, 70, 16).requires_grad_()
+    out = apply_rotary(x, angles.cos(), angles.sin())
+    (slope,) = torch.autograd.grad(out.square().sum(), angles)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-4, rtol=0)  # lengths stay the same
+    cos, sin = angles.detach().cos(), angles.detach().sin()
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(apply_rotary(leaf, cos, sin), leaf, out)[0], x, rtol=1e-5, atol=1e-6)
+    grad = out.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(apply_rotary(leaf, cos, sin), leaf, grad, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(slope, grad, x)[0], out.detach(), rtol=1e-5, atol=1e-6)
+    backwards = [apply_rotary(y.detach(), cos, sin) for y in (x.transpose(1, 2).contiguous().transpose(1, 2), x)]
+    assert torch.equal(*backwards)

@@ -19,7 +19,6 @@ from holdfast.ops import one_token, threads
 from holdfast.ops.gated_delta_rule import gated_delta_step
 from holdfast.ops.linear import apply_linear
 from holdfast.ops.norms import l2_norm
-from holdfast.ops.rotary import apply_rotary
 from holdfast.ops.short_convolution import short_convolution
 
 pytestmark = [
@@ -64,11 +63,6 @@ def test_delta_rule(
     assert_same(gated_delta_step, q, k, v, g, beta, state, calls="delta", monkeypatch=monkeypatch)
     pad = torch.zeros(batch, 1, heads)
     assert torch.equal(gated_delta_step(q, k, v, pad, pad, state)[1], state)
-
-
-def test_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
-    angles = numbers(2, 3, 10)
-    assert_same(apply_rotary, numbers(2, 3, 4, 20), angles.cos(), angles.sin(), calls="rotate", monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("causal", [False, True])

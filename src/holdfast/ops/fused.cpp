@@ -68,6 +68,25 @@ void holdfast_swiglu_backward(const float* gate, const float* up, const float* g
   });
 }
 
+// Pairs (x[c], x[half + c]) of x [tokens, heads, 2 * half] rotated by angles of cos, sin [tables, half], which serve
+// tables, tables, ... tokens; out alike. turn is 1, or -1 for the way back.
+void holdfast_rotate(const float* x, const float* cos, const float* sin, float* out, int64_t tokens, int64_t heads,
+                     int64_t half, int64_t tables, float turn, const Team* team, int64_t workers) {
+  divide(team, workers, tokens, [=](int64_t first, int64_t end) {
+    for (int64_t row = first * heads; row < end * heads; ++row) {
+      const int64_t angle = row / heads % tables * half;
+      const float* from = x + row * 2 * half;
+      float* to = out + row * 2 * half;
+      each(half, [=](auto read, auto write, int64_t c) {
+        const Vec cosine = read(cos + angle + c), sine = turn * read(sin + angle + c);
+        const Vec left = read(from + c), right = read(from + half + c);
+        write(to + c, left * cosine - right * sine);
+        write(to + half + c, right * cosine + left * sine);
+      });
+    }
+  });
+}
+
 // Row t of sums [batch, tokens, width] = sum over i < taps of weight[i] * row t - taps + 1 + i of x [batch, tokens,
 // width], where what lies before row 0 is past [batch, taps - 1, width]; out = SiLU(sums). weight [taps, width]. sums
 // may be missing: only the backward pass reads them.

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and short convolutions of many rows in C++ (fused.cpp), forward and backward, in one pass over memory.
+"""Norms, SwiGLU, rotations and short convolutions in C++ (fused.cpp), forward and backward, in one pass over memory.
 
 PyTorch's own operations are the reference, and what runs elsewhere: with other dtypes and devices, and under
 `torch.compile`, which fuses them itself.
@@ -18,7 +18,7 @@ from torch import Tensor
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
 from holdfast.ops.threads import TEAM, must_go_alone, team_for
 
-__all__ = ["convolution", "scaled", "serves", "swiglu"]
+__all__ = ["convolution", "rotated", "scaled", "serves", "swiglu"]
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
 # Numbers below which PyTorch's few calls cost less than a function of autograd in Python.
@@ -30,6 +30,7 @@ _SIGNATURES = {
     "holdfast_swiglu_backward": [_P] * 5 + [_I, _P, _I],
     "holdfast_convolution": [_P] * 5 + [_I] * 4 + [_P, _I],
     "holdfast_convolution_backward": [_P] * 8 + [_I] * 4 + [_P, _I],
+    "holdfast_rotate": [_P] * 4 + [_I] * 4 + [_F, _P, _I],
     "holdfast_scaled": [_P] * 5 + [_I] * 2 + [_F] * 2 + [_P, _I],
     "holdfast_scaled_backward": [_P] * 8 + [_I] * 2 + [_F, _P, _I],
 }
@@ -67,6 +68,15 @@ def scaled(x: Tensor, weight: Tensor | None, gate: Tensor | None, divisor: float
     return _scale(x, weight, gate, None, divisor, eps)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x[c], x[c + D/2]) of x [B, T, heads, D] rotated by the angles of cos and sin [B or 1, T, D/2].
+
+    The tables must not require gradients.
+    """
+    x, cos, sin = (y.contiguous() for y in (x, cos, sin))
+    return _Rotated.apply(x, cos, sin) if _differentiated(x) else _rotate(x, cos, sin, 1)
+
+
 def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
     """SiLU of the causal depthwise convolution of x [B, T, C] behind past [B, W − 1, C], weight [C, 1, W].
 
@@ -80,6 +90,14 @@ def convolution(x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
 def _gate(gate: Tensor, up: Tensor) -> Tensor:
     out, count = torch.empty_like(gate), gate.numel()
     _call("holdfast_swiglu", gate, up, out, count, *team_for(count, count))
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turn: int) -> Tensor:
+    out, (batch, length, heads, dim) = torch.empty_like(x), x.shape
+    tokens = batch * length
+    team = team_for(x.numel(), tokens)
+    _call("holdfast_rotate", x, cos, sin, out, tokens, heads, dim // 2, cos.shape[0] * length, turn, *team)
     return out
 
 
@@ -110,6 +128,22 @@ class _SwiGLU(torch.autograd.Function):
         team = team_for(count, count)
         _call("holdfast_swiglu_backward", gate, up, grad.contiguous(), d_gate, d_up, count, *team)
         return d_gate, d_up
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        if _needs_pytorch(grad):
+            first, second = grad.chunk(2, dim=-1)
+            cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+            return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1), None, None
+        return _rotate(grad.contiguous(), cos, sin, -1), None, None
 
 
 class _Scaled(torch.autograd.Function):

@@ -105,16 +105,6 @@ void holdfast_linear(const float* x, const float* weight, const float* bias, flo
   });
 }
 
-// The two halves of the channels of x [tokens, heads, 2 * half] turned by the angles of cos and sin [tokens, half].
-void holdfast_rotate(const float* x, const float* cos, const float* sin, float* __restrict__ out, int64_t tokens,
-                     int64_t heads, int64_t half) {
-  for (int64_t row = 0; row < tokens * heads; ++row, x += 2 * half, out += 2 * half)
-    for (int64_t c = 0, angle = row / heads * half; c < half; ++c, ++angle) {
-      out[c] = x[c] * cos[angle] - x[half + c] * sin[angle];
-      out[half + c] = x[half + c] * cos[angle] + x[c] * sin[angle];
-    }
-}
-
 // x [batch, channels] behind state [batch, channels, width - 1], weight [channels, width] -> out, new_state.
 void holdfast_convolve(const float* x, const float* weight, const float* state, float* out, float* new_state,
                        int64_t batch, int64_t channels, int64_t width, int64_t activate) {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.ops.native import VECTORS, Functions, is_plain, is_watched
 from holdfast.ops.threads import TEAM, team_for
 
-__all__ = ["are_there", "convolve", "delta", "linear", "rotate", "score", "serves", "step"]
+__all__ = ["are_there", "convolve", "delta", "linear", "score", "serves", "step"]
 
 _SOURCE = Path(__file__).with_name("one_token.cpp")
 # What fills vectors of many rows is a task for PyTorch, which has threads for it.
@@ -28,7 +28,6 @@ _SIGNATURES = {
     "holdfast_convolve": [_P] * 5 + [_I] * 4,
     "holdfast_delta": [_P] * 8 + [_I] * 5 + [_F],
     "holdfast_linear": [_P] * 4 + [_I] * 2 + [_P, _I],
-    "holdfast_rotate": [_P] * 4 + [_I] * 3,
     "holdfast_score": [_P] * 7 + [_I] * 8 + [_F, _P],
     "holdfast_step": [_P] * 11 + [_I] * 7 + [_F, _I, _P, _I],
 }
@@ -83,14 +82,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, size = weight.shape
     out = x.new_empty(*x.shape[:-1], rows)
     _call("holdfast_linear", x, weight, bias, out, rows, size, *team_for(weight.numel(), rows))
-    return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rotary` of x [B, T, heads, D] with tables [B, T, D / 2]."""
-    out = torch.empty_like(x)
-    batch, length, heads, dim = x.shape
-    _call("holdfast_rotate", x, cos, sin, out, batch * length, heads, dim // 2)
     return out
 
 

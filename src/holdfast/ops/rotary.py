@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holdfast.ops import one_token
+from holdfast.ops import fused
 from holdfast.ops.precision import compute_dtype
 
 
@@ -56,8 +56,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit x {list(x.shape)}: "
             "make them with rotary_tables(positions, D) for the positions of x."
         )
-    if cos.shape[0] == B and one_token.serves(x, cos, sin):
-        return one_token.rotate(x, cos, sin)
+    if not (cos.requires_grad or sin.requires_grad) and fused.serves(x, cos, sin):
+        return fused.rotated(x, cos, sin)
     dtype = compute_dtype(x)
     cos, sin = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
     first, second = x.to(dtype).chunk(2, dim=-1)
