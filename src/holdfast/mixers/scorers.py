@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from holdfast.mixers.base import require
 from holdfast.ops import one_token
-from holdfast.ops.dropout import dropout
+from holdfast.ops.grouped_convolution import grouped_convolution, serves
 
-# From so many tokens on, without gradients and on a CPU, the framework's grouped convolutions are faster than batched
-# products of taps laid side by side (docs/performance.md).
+# From so many tokens on, on a CPU without gradients and without C++, the framework's grouped convolutions are faster
+# than batched products of taps laid side by side (docs/performance.md).
 _LONG = 512
 
 
@@ -88,14 +88,19 @@ class ConvScorer(nn.Module):
             x = x.reshape(1, heads * batch, length, channels)
             valid = valid.expand(batch, -1).repeat(heads, 1)
         for conv in self.conv_stack.convs:
-            x = dropout(x.masked_fill(~valid[None, :, :, None], 0), self.dropout if self.training else 0)
-            x = F.silu(conv(x))
+            assert isinstance(conv, _ScorerConv)
+            dropout = self.dropout if self.training else 0.0
+            x = grouped_convolution(x, valid, conv.weight, conv.bias, conv.dilation[1], dropout)
             valid = self._inner(valid, x.shape[2])
-        logits = self.conv_stack.proj(x).view(heads, batch, -1).permute(1, 2, 0)
+        proj = self.conv_stack.proj
+        weight, bias = proj.weight.view(len(x), -1, 1), proj.bias.view(-1, 1, 1)
+        logits = torch.baddbmm(bias, x.flatten(1, 2), weight).view(heads, batch, -1).permute(1, 2, 0)
         return torch.sigmoid(logits.float()) - self.threshold
 
     def _is_long_and_plain(self, features: Tensor) -> bool:
         if not features.is_cpu or features.dtype != torch.float32 or features.shape[0] * features.shape[1] < _LONG:
+            return False
+        if serves(features, *self.conv_stack.parameters()):
             return False
         learns = features.requires_grad or any(weight.requires_grad for weight in self.parameters())
         return not (self.training and self.dropout) and not (torch.is_grad_enabled() and learns)
@@ -150,27 +155,6 @@ class _ScorerConv(nn.Conv2d):
 
     def __init__(self, groups: int, inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> None:
         super().__init__(groups * inputs, groups * outputs, (1, kernel), dilation=(1, dilation), groups=groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolution over time without padding as one batched product: [groups, B, T, C] → [groups, B, T', C']."""
-        groups, batch, length, channels = x.shape
-        kernel, dilation = self.kernel_size[1], self.dilation[1]
-        out_length = length - (kernel - 1) * dilation
-        taps = [x[:, :, tap * dilation : tap * dilation + out_length] for tap in range(kernel)]
-        if (
-            batch * out_length < channels
-        ):  # bring the smaller operand into the order of the other: here, a decoded token
-            weight = self.weight.view(groups, -1, channels * kernel).mT
-            rows = torch.stack(taps, dim=-1).view(groups, batch * out_length, channels * kernel)
-        else:
-            weight = (
-                self.weight.view(groups, -1, channels, kernel)
-                .permute(0, 3, 2, 1)
-                .reshape(groups, kernel * channels, -1)
-            )
-            rows = torch.cat(taps, dim=-1).view(groups, batch * out_length, kernel * channels)
-        out = torch.baddbmm(self.bias.view(groups, 1, -1), rows, weight)
-        return out.view(groups, batch, out_length, -1)
 
     def init_weights(self, init: Any) -> None:
         init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")

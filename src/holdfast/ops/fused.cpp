@@ -10,17 +10,6 @@
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
-// 1 / (1 + e^-x); 0 below -87, where exp2 ends.
-inline Vec sigmoid(Vec x) {
-  const Vec power = x * -kLog2E;
-  return power < 126.0f ? 1.0f / (1.0f + exp2(power < 126.0f ? power : all(126.0f))) : Vec{};
-}
-
-// The derivative of SiLU at x, with s = sigmoid(x).
-inline Vec slope(Vec x, Vec s) { return s * (1.0f + x * (1.0f - s)); }
-
 // body(load, store, c) for c = 0, kLanes, ... < count. What does not fill a vector goes through memory that does.
 template <class Body>
 inline void each(int64_t count, const Body& body) {

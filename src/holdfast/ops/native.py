@@ -22,10 +22,13 @@ from torch.autograd import forward_ad
 
 from holdfast.files import replacing
 
-__all__ = ["VECTORS", "Functions", "is_plain", "is_watched", "load_library"]
+__all__ = ["GRIDS", "VECTORS", "Functions", "is_plain", "is_watched", "load_library"]
 
 VECTORS = Path(__file__).with_name("vectors.h")
 """Vectors of floats and products of small matrices, for C++ sources."""
+
+GRIDS = Path(__file__).with_name("grids.h")
+"""Small matrices that lie well in the cache, for sources that include `VECTORS` through it."""
 
 _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno")

@@ -56,6 +56,17 @@ inline Vec exp2(Vec x) {
   return power * (Vec)exponent;
 }
 
+constexpr float kLog2E = 1.44269504f;
+
+// 1 / (1 + e^-x); 0 below -87, where exp2 ends.
+inline Vec sigmoid(Vec x) {
+  const Vec power = x * -kLog2E;
+  return power < 126.0f ? 1.0f / (1.0f + exp2(power < 126.0f ? power : all(126.0f))) : Vec{};
+}
+
+// The derivative of SiLU at x, with s = sigmoid(x).
+inline Vec slope(Vec x, Vec s) { return s * (1.0f + x * (1.0f - s)); }
+
 #ifndef __has_builtin
 #define __has_builtin(name) 0
 #endif

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.ops.native import VECTORS, Functions
+from holdfast.ops.native import GRIDS, VECTORS, Functions
 from holdfast.ops.precision import compute_dtype
 from holdfast.ops.threads import in_threads
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCE, _CHUNK = (Path(__file__).with_name(name) for name in ("native.cpp", "chunk.h"))
 _SIGNATURE = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-_functions = Functions({"holdfast_forward": _SIGNATURE, "holdfast_backward": _SIGNATURE}, _SOURCE, VECTORS)
+_functions = Functions(
+    {"holdfast_forward": _SIGNATURE, "holdfast_backward": _SIGNATURE}, _SOURCE, _CHUNK, GRIDS, VECTORS
+)
 
 
 def is_available() -> bool:
