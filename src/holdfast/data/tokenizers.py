@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from holdfast.data.progress import track
 from holdfast.data.sources import count_bad_rows
 
-__all__ = ["byte_tokenizer", "encode_documents", "fingerprint", "load_tokenizer", "train_tokenizer"]
+__all__ = ["bare", "byte_tokenizer", "encode_documents", "fingerprint", "load_tokenizer", "train_tokenizer"]
 
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 CHARACTERS_AT_ONCE = 1 << 18  # tokenized per call: enough to keep every core busy, little memory
@@ -98,7 +98,7 @@ def encode_documents(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token.")
-    backend = _bare(tokenizer)
+    backend = bare(tokenizer)
     backend.encode_special_tokens = True  # as text, that is: data must not be able to write control tokens
     end = [tokenizer.eos_token_id]
     for batch in _batches(texts):
@@ -110,7 +110,7 @@ def encode_documents(
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything that decides which tokens a text becomes."""
-    return hashlib.sha256(_bare(tokenizer).to_str().encode()).hexdigest()
+    return hashlib.sha256(bare(tokenizer).to_str().encode()).hexdigest()
 
 
 def _first(texts: Iterable[str], characters: int | None) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _first(texts: Iterable[str], characters: int | None) -> Iterator[str]:
             return
 
 
-def _bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def bare(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy without what the last call of the tokenizer has set, such as padding."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()

@@ -1,6 +1,5 @@
 """How well a model predicts text, overall and by position in the context."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,84 +14,18 @@ from torch.nn import functional as F
 
 from holdfast.data.progress import track
 from holdfast.data.text import collate_isolated
-from holdfast.evaluation.inference import device_of, evaluating, perplexity
+from holdfast.data.token_bytes import TokenBytes
+from holdfast.evaluation.inference import device_of, evaluating
+from holdfast.evaluation.perplexity_result import BlockSums, PerplexityResult, PositionBin, plot_perplexity
+from holdfast.evaluation.ratios import Estimate
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.modeling import HybridForCausalLM
 from holdfast.ops.linear import apply_linear
 
-__all__ = ["PerplexityResult", "PositionBin", "block_digest", "evaluate_perplexity"]
+__all__ = ["BlockSums", "PerplexityResult", "PositionBin", "block_digest", "evaluate_perplexity", "plot_perplexity"]
 
 IGNORED = -100  # labels that are not predicted
 TOKENS_AT_ONCE = 1024  # whose logits are held
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionBin:
-    """Predicted tokens at positions `start` to `stop` − 1 of their block; position 0 is its first token.
-
-    Where blocks isolate, positions count from the start of the document, or from that of the block if the document
-    began in an earlier one: the rest of a long document counts as a document of its own.
-    """
-
-    start: int
-    stop: int
-    tokens: int
-    mean_nll: float | None
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp of the mean negative log-likelihood, None without tokens."""
-        return None if self.mean_nll is None else perplexity(self.mean_nll)
-
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityResult:
-    """Result of `evaluate_perplexity`.
-
-    Attributes:
-        blocks: blocks read.
-        tokens: tokens predicted; the first of a block has nothing to be predicted from and does not count.
-        mean_nll: mean negative log-likelihood of a token, in nats.
-        bins: the same by position, in rising order.
-    """
-
-    blocks: int
-    tokens: int
-    mean_nll: float
-    bins: tuple[PositionBin, ...]
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood; V for a model that finds all V tokens equally likely."""
-        return perplexity(self.mean_nll)
-
-    @property
-    def bits_per_token(self) -> float:
-        """Mean negative log-likelihood in bits; bits per byte with the byte tokenizer."""
-        return self.mean_nll / math.log(2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, ready for JSON."""
-        return {
-            "blocks": self.blocks,
-            "tokens": self.tokens,
-            "mean_nll": self.mean_nll,
-            "perplexity": self.perplexity,
-            "bits_per_token": self.bits_per_token,
-            "bins": [dataclasses.asdict(part) | {"perplexity": part.perplexity} for part in self.bins],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PerplexityResult":
-        """Inverse of `to_dict`."""
-        return cls(
-            blocks=data["blocks"],
-            tokens=data["tokens"],
-            mean_nll=data["mean_nll"],
-            bins=tuple(
-                PositionBin(part["start"], part["stop"], part["tokens"], part["mean_nll"]) for part in data["bins"]
-            ),
-        )
 
 
 def evaluate_perplexity(
@@ -102,6 +35,7 @@ def evaluate_perplexity(
     batch_size: int = 8,
     max_blocks: int | None = None,
     position_bins: int = 8,
+    token_bytes: TokenBytes | None = None,
     log: SampleLog | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -120,8 +54,10 @@ def evaluate_perplexity(
         batch_size: blocks per call B, at least 1.
         max_blocks: read the first blocks only; None reads all.
         position_bins: number of bins of (nearly) equal width over the positions.
+        token_bytes: of the tokenizer, for bits per byte; None: they are not known.
         log: where sums over each block are kept and, after an interruption, found again; None keeps none. A record is
-            named by its block's place and content; the model and `position_bins` are for the log to tell apart.
+            named by its block's place and content; the model, `position_bins` and whether there are `token_bytes` are
+            for the log to tell apart.
         device: where the inputs go; None is the device of the model's first parameter, or the CPU.
         progress: show a progress bar when standard error is a terminal.
 
@@ -145,10 +81,10 @@ def evaluate_perplexity(
             named = {f"{index}/{block_digest(block)}": block for index, block in enumerate(batch, start=len(names))}
             waiting = {name: block for name, block in named.items() if name not in log.records}
             if waiting:
-                records = _predict(model, list(waiting.values()), edges, device)
+                records = _predict(model, list(waiting.values()), edges, device, token_bytes)
                 log.append(dict(zip(waiting, records, strict=True)))
             names += named
-    return _result([log.records[name] for name in names], edges)
+    return _result(names, log.records, edges)
 
 
 def block_digest(block: Mapping[str, torch.Tensor]) -> str:
@@ -180,9 +116,13 @@ def _edges(length: int, count: int) -> np.ndarray:
 
 
 def _predict(
-    model: nn.Module, batch: list[dict[str, torch.Tensor]], edges: np.ndarray, device: torch.device
+    model: nn.Module,
+    batch: list[dict[str, torch.Tensor]],
+    edges: np.ndarray,
+    device: torch.device,
+    token_bytes: TokenBytes | None,
 ) -> list[dict[str, Any]]:
-    """A record for each block: predicted tokens, and the sum of their negative log-likelihoods, by bin of positions."""
+    """A record for each block: predicted tokens, their bytes, and the sum of their negative log-likelihoods, by bin."""
     if "cu_seqlens" in batch[0]:
         joined = collate_isolated(batch)
         arguments = {"cu_seqlens": joined["cu_seqlens"].to(device)}
@@ -195,9 +135,15 @@ def _predict(
     # The last column of a row predicts nothing, and neither does that of a joined block: documents start behind it.
     targets = F.pad(joined.get("labels", joined["input_ids"])[:, 1:], (0, 1), value=IGNORED)
     position = (torch.arange(1, len(starts) + 1) - starts).expand_as(targets)  # of the predicted token
-    nll = _nll(model, joined["input_ids"].to(device), targets, arguments)
-    rows = (tensor.reshape(len(batch), -1).numpy() for tensor in (position, targets, nll.double().cpu()))
-    return [_record(*row, edges=edges) for row in zip(*rows, strict=True)]
+    columns = {"nll": _nll(model, joined["input_ids"].to(device), targets, arguments).double().cpu()}
+    if token_bytes is not None:
+        columns["bytes"] = F.pad(token_bytes(joined["input_ids"])[:, 1:], (0, 1))
+    by_block = {name: column.reshape(len(batch), -1).numpy() for name, column in columns.items()}
+    rows = zip(position.reshape(len(batch), -1).numpy(), targets.reshape(len(batch), -1).numpy(), strict=True)
+    return [
+        _record(*row, {name: column[index] for name, column in by_block.items()}, edges=edges)
+        for index, row in enumerate(rows)
+    ]
 
 
 def _nll(
@@ -222,24 +168,51 @@ def _nll(
     return torch.cat(losses).view(targets.shape)
 
 
-def _record(position: np.ndarray, targets: np.ndarray, nll: np.ndarray, *, edges: np.ndarray) -> dict[str, Any]:
+def _record(
+    position: np.ndarray, targets: np.ndarray, sums: Mapping[str, np.ndarray], *, edges: np.ndarray
+) -> dict[str, Any]:
+    """Counts of the predicted tokens, and sums over them, by bin of positions."""
     counted = targets != IGNORED
     bins = np.searchsorted(edges, position[counted], side="right") - 1
-    return {
-        "tokens": np.bincount(bins, minlength=len(edges) - 1).tolist(),
-        "nll": np.bincount(bins, weights=nll[counted], minlength=len(edges) - 1).tolist(),
-    }
+    record: dict[str, Any] = {"tokens": np.bincount(bins, minlength=len(edges) - 1).tolist()}
+    for name, values in sums.items():
+        added = np.bincount(bins, weights=values[counted], minlength=len(edges) - 1)
+        record[name] = added.astype(values.dtype).tolist()
+    return record
 
 
-def _result(records: Sequence[Mapping[str, Any]], edges: np.ndarray) -> PerplexityResult:
-    tokens = np.asarray([record["tokens"] for record in records], dtype=np.int64).sum(axis=0)
+def _result(names: Sequence[str], records: Mapping[str, Mapping[str, Any]], edges: np.ndarray) -> PerplexityResult:
+    found = [records[name] for name in names]
+    tokens = np.asarray([record["tokens"] for record in found], dtype=np.int64)
     if not tokens.sum():
         raise ValueError("the blocks hold no token to predict; give blocks of 2 tokens or more with labels.")
-    nll = np.asarray([record["nll"] for record in records]).sum(axis=0)
-    bins = tuple(
-        PositionBin(start, stop, count, total / count if count else None)
-        for (start, stop), count, total in zip(
-            itertools.pairwise(edges.tolist()), tokens.tolist(), nll.tolist(), strict=True
+    nll = np.asarray([record["nll"] for record in found])
+    known = all("bytes" in record for record in found)
+    sizes = np.asarray([record["bytes"] for record in found], dtype=np.int64).sum(axis=0) if known else None
+    bins = []
+    for index, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
+        loss = Estimate.ratio(nll[:, index], tokens[:, index])
+        bins.append(
+            PositionBin(
+                start,
+                stop,
+                tokens=int(tokens[:, index].sum()),
+                mean_nll=None if loss is None else loss.value,
+                interval=None if loss is None else loss.interval,
+                bytes=None if sizes is None else int(sizes[index]),
+            )
         )
+    return PerplexityResult(
+        blocks=len(found),
+        tokens=int(tokens.sum()),
+        mean_nll=float(nll.sum() / tokens.sum()),
+        bins=tuple(bins),
+        bytes=None if sizes is None else int(sizes.sum()),
+        by_block=tuple(_block_sums(name, records[name], known) for name in names),
     )
-    return PerplexityResult(len(records), int(tokens.sum()), float(nll.sum() / tokens.sum()), bins)
+
+
+def _block_sums(name: str, record: Mapping[str, Any], known: bool) -> BlockSums:
+    """Of a record, which is named by the place and the digest of its block."""
+    sizes = tuple(record["bytes"]) if known else None
+    return BlockSums(name.partition("/")[2], tuple(record["tokens"]), tuple(record["nll"]), sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
     from holdfast.data.ruler import Essays
     from holdfast.evaluation.intervals import Share
+    from holdfast.evaluation.ratios import Estimate
     from holdfast.evaluation.sample_log import SampleLog
 
 PICTURES = (".png", ".svg", ".pdf")
+NOT_COVERED = "Intervals: other such samples or blocks, these models; they do not cover the seeds of training."
+"""What is said below tables with intervals."""
 OUTPUTS = ("json", "plot", "pareto")
 """Options of the evaluations that name files to write."""
 
@@ -214,3 +218,27 @@ def show_share(share: Share | None) -> str:
         return "–"
     low, high = share.interval
     return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%})"
+
+
+def show_number(value: float | None, interval: tuple[float, float] | None, *, digits: int = 3) -> str:
+    """A number with its 95 % interval, as tables show it; without where there is none."""
+    if value is None:
+        return "–"
+    if interval is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def show_ratio(difference: Estimate | None) -> str:
+    """By how many percent a perplexity is greater than another, with the 95 % interval, from the difference of losses;
+    None: the two are not of the same tokens."""
+    if difference is None:
+        return "other tokens"
+    value, *ends = (f"{100 * math.expm1(each):+.2f}%" for each in (difference.value, *(difference.interval or ())))
+    return f"{value} ({' to '.join(ends)})" if ends else value
+
+
+def show_points(difference: Estimate) -> str:
+    """A difference of shares in percentage points, with its 95 % interval."""
+    value, *ends = (f"{100 * each:+.1f}" for each in (difference.value, *(difference.interval or ())))
+    return f"{value} ({' to '.join(ends)})" if ends else value

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import model_directory, output_console, read_model
+from holdfast.cli.common import error_console, output_console, read_model
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
+    NOT_COVERED,
+    check_picture,
+    model_directories,
     open_log,
     read_text_models,
     refuse_lengths,
     require_positive,
+    show_number,
+    show_ratio,
     shown_names,
     usage_errors,
     write_results,
 )
 
 if TYPE_CHECKING:
+    from holdfast.data.token_bytes import TokenBytes
     from holdfast.evaluation.perplexity import PerplexityResult
 
 TOKENS_AT_ONCE = 16_384
@@ -31,10 +38,15 @@ TOKENS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of text, overall and by position in the context."""
+    """Perplexity of text, overall and by position in the context, and bits per byte.
 
-    model: tyro.conf.Positional[str]
-    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION]), with its tokenizer."""
+    Each number has a 95 % interval over blocks, and so has the difference of each further model to the first, block by
+    block where both read the same tokens. Intervals tell what other blocks of this text would give; they do not cover
+    the seeds of training. Bits per byte compare models with different tokenizers: the bits of all predicted tokens,
+    ends of documents too, per UTF-8 byte of the text that they stand for."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with their tokenizers."""
     data: str
     """A file (parquet, jsonl, json, txt), a directory of them or of prepared text, or the name of a hub data set."""
     split: str = "validation"
@@ -44,53 +56,71 @@ class Perplexity:
     config: str | None = None
     """Configuration of a data set on the hub."""
     length: int | None = None
-    """Tokens per block; default: 512, or what the model was trained on where that is less."""
+    """Tokens per block; default: 512, or what the models were trained on where that is less."""
     isolate: bool = False
     """By document: each is read by itself, and positions count from its start, as in training with data.isolate. Where
     a block ends inside a document, the next block reads the rest as a document of its own, from position 0 on: what
     stood before is unknown there."""
     beyond: bool = False
-    """Allow blocks longer than the model was trained on, to measure how it extrapolates: --length 4096 --beyond."""
+    """Allow blocks longer than a model was trained on, to measure how it extrapolates: --length 4096 --beyond."""
     batch_size: int | None = None
     """Blocks read side by side; default: as many as hold 16,384 tokens, at least 1."""
     max_blocks: int | None = None
-    """Read the first blocks only."""
+    """Read the first blocks only. Models with different tokenizers read the same text, to within a block: that of the
+    one whose blocks hold least."""
     bins: int = 8
     """Parts of the context that are shown one by one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights, and of what is computed with them."""
     json: Path | None = None
-    """Write all numbers to this file (NAME.json), and those of every block beside it to NAME.samples.jsonl, where a run
-    that was interrupted goes on."""
+    """Write all numbers to this file (NAME.json), sums over every block among them, and each block's when it is read to
+    NAME.samples.jsonl, where a run that was interrupted goes on."""
+    plot: Path | None = None
+    """Draw perplexity by position into this file (png, svg or pdf), with the length of training."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
         require_positive(self, "batch_size", "max_blocks", "bins")
+        check_picture(self.plot)
 
     def run(self) -> list[Table]:
         """Evaluate, and show a table; returns it."""
         from holdfast.evaluation.perplexity import evaluate_perplexity
 
-        directory = model_directory(self.model)
-        tokenizers = read_text_models([directory], english=False)
-        length = block_length([directory], self.length, self.beyond)
+        directories = list(dict.fromkeys(model_directories(self.models, "perplexity")))
+        tokenizers = read_text_models(directories, english=False)
+        length = block_length(directories, self.length, self.beyond)
         text = TextBlocks(self.data, self.split, self.column, self.config, length, self.max_blocks, self.isolate)
-        blocks = text.read(tokenizers[directory], directory)
-        determining = {"dtype": self.dtype, "bins": self.bins}  # beside the blocks, whose content names them
-        result = evaluate_perplexity(
-            read_model(directory, self.dtype),
-            blocks,
-            batch_size=self.batch_size or max(1, TOKENS_AT_ONCE // length),
-            max_blocks=self.max_blocks,
-            position_bins=self.bins,
-            log=open_log(self.json, "perplexity", directory, determining, "blocks"),
-        )
-        table = _show(directory, result, length)
+        names = shown_names(directories)
+        results = {}
+        for directory, reading in _readings(text, tokenizers).items():
+            # Beside the blocks, whose content names them.
+            determining = {"dtype": self.dtype, "bins": self.bins, "bytes": reading.sizes is not None}
+            results[names[directory]] = evaluate_perplexity(
+                read_model(directory, self.dtype),
+                reading.blocks,
+                batch_size=self.batch_size or max(1, TOKENS_AT_ONCE // length),
+                max_blocks=reading.count,
+                position_bins=self.bins,
+                token_bytes=reading.sizes,
+                log=open_log(self.json, "perplexity", directory, determining, "blocks"),
+            )
+        table = _show(results, text)
         if self.json is not None:
             settings = {**text.to_dict(), "bins": self.bins, "dtype": self.dtype, "seed": None}  # nothing is drawn
-            write_results(self.json, "perplexity", settings, {shown_names([directory])[directory]: result.to_dict()})
+            write_results(self.json, "perplexity", settings, _compared(results))
+        if self.plot is not None:
+            self._draw(self.plot, results, {names[directory]: directory for directory in directories})
         return [table]
+
+    def _draw(self, path: Path, results: Mapping[str, PerplexityResult], directories: Mapping[str, Path]) -> None:
+        from holdfast.configuration import HybridConfig
+        from holdfast.evaluation.perplexity import plot_perplexity
+
+        configs = {name: HybridConfig.from_pretrained(directory) for name, directory in directories.items()}
+        trained = {name: config.max_position_embeddings for name, config in configs.items()}
+        plot_perplexity(results, path, trained=trained)
 
 
 @dataclass(frozen=True)
@@ -134,9 +164,14 @@ class TextBlocks:
             if given:
                 raise UsageError(f"{self.data} holds prepared text, that is tokens; leave --{option} out.")
 
+    @property
+    def name(self) -> str:
+        """Of a path its last part."""
+        return Path(self.data).name
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; of a path the name."""
-        return {**asdict(self), "data": Path(self.data).name}
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "data": self.name}
 
 
 def block_length(directories: Sequence[Path], given: int | None, beyond: bool) -> int:
@@ -153,17 +188,90 @@ def block_length(directories: Sequence[Path], given: int | None, beyond: bool) -
     return length
 
 
-def _show(directory: Path, result: PerplexityResult, length: int) -> Table:
-    """One row per bin of positions."""
-    name = shown_names([directory])[directory]
-    table = Table(title=f"{name}: {result.tokens:,} tokens in {result.blocks:,} blocks of {length:,}")
-    for heading in ("positions", "tokens", "perplexity"):
-        table.add_column(heading, justify="right")
-    for part in result.bins:
-        shown = "–" if part.perplexity is None else f"{part.perplexity:.3f}"
-        table.add_row(f"{part.start:,} to {part.stop - 1:,}", f"{part.tokens:,}", shown)
+@dataclass(frozen=True)
+class _Reading:
+    """What a model reads: blocks, of which `count` at the most, and the bytes of their tokens if they are known."""
+
+    blocks: Any
+    count: int | None
+    sizes: TokenBytes | None
+
+
+def _readings(text: TextBlocks, tokenizers: Mapping[Path, Any]) -> dict[Path, _Reading]:
+    """The blocks of each model; all read the same text even if their tokenizers differ, to within a block.
+
+    Blocks of different tokenizers hold different amounts of text: each model reads those that lie in the bytes of which
+    all have blocks. O(tokens) there, and the text is tokenized once for each tokenizer.
+    """
+    from holdfast.data.token_bytes import TokenBytes
+    from holdfast.data.tokenizers import fingerprint
+
+    kinds = {directory: fingerprint(tokenizer) for directory, tokenizer in tokenizers.items()}
+    readings: dict[str, _Reading] = {}
+    for directory, tokenizer in tokenizers.items():
+        if kinds[directory] not in readings:
+            blocks = text.read(tokenizer, directory)
+            readings[kinds[directory]] = _Reading(blocks, text.max_blocks, TokenBytes.of(tokenizer))
+    if len(readings) > 1:
+        ends = {kind: _ends(reading) for kind, reading in readings.items()}
+        if None in ends.values():
+            told = "The tokenizers differ, and one loses some of a text: the models may not read the same text."
+            error_console().print(told, soft_wrap=True)
+        else:
+            shortest = min(found[-1] for found in ends.values() if found)
+            for kind, found in ends.items():
+                count = max(1, sum(end <= shortest for end in found or ()))
+                readings[kind] = replace(readings[kind], count=count)
+    return {directory: readings[kind] for directory, kind in kinds.items()}
+
+
+def _ends(reading: _Reading) -> list[int] | None:
+    """The bytes of text up to the end of each block; None if they are not known."""
+    if reading.sizes is None:
+        return None
+    count = min(len(reading.blocks), reading.count or len(reading.blocks))
+    sizes = (int(reading.sizes(reading.blocks[index]["input_ids"]).sum()) for index in range(count))
+    return list(itertools.accumulate(sizes))
+
+
+def _compared(results: Mapping[str, PerplexityResult]) -> dict[str, Any]:
+    """Results by model, ready for JSON, each with its difference to the first where they read the same blocks."""
+    reference = next(iter(results))
+    models = {}
+    for name, result in results.items():
+        found = None if name == reference else result.difference(results[reference])
+        difference = None if found is None else {"to": reference, **found.to_dict()}
+        models[name] = result.to_dict() | {"difference": difference}
+    return models
+
+
+def _show(results: Mapping[str, PerplexityResult], text: TextBlocks) -> Table:
+    """One row per bin of positions, one column per model."""
+    first, *others = results.values()
+    what = " / ".join(dict.fromkeys(f"{result.blocks:,}" for result in results.values()))
+    table = Table(title=f"perplexity of {text.name} by position, {what} blocks of {text.length:,} (95 % interval)")
+    table.add_column("positions", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    for name in results:
+        table.add_column(name, justify="right")
+
+    def add(title: str, counts: Sequence[int], cells: Sequence[str]) -> None:
+        table.add_row(title, " / ".join(dict.fromkeys(f"{count:,}" for count in counts)), *cells)
+
+    for parts in zip(*(result.bins for result in results.values()), strict=True):
+        cells = [show_number(part.perplexity, part.perplexity_interval) for part in parts]
+        add(f"{parts[0].start:,} to {parts[0].stop - 1:,}", [part.tokens for part in parts], cells)
     table.add_section()
-    table.add_row("all", f"{result.tokens:,}", f"{result.perplexity:.3f}")
+    found = list(results.values())
+    add("all", [r.tokens for r in found], [show_number(r.perplexity, r.perplexity_interval) for r in found])
+    if others:
+        beside = ["first", *(show_ratio(result.difference(first)) for result in others)]
+        table.add_row("beside the first", "", *beside)
+    table.add_section()
+    table.add_row("bits per token", "", *(f"{result.bits_per_token:.4f}" for result in found))
+    bits = [show_number(result.bits_per_byte, result.bits_per_byte_interval, digits=4) for result in found]
+    table.add_row("bits per byte", "", *bits)
+    table.add_row("bytes", "", *("–" if result.bytes is None else f"{result.bytes:,}" for result in found))
     output_console().print(table)
-    output_console().print(f"{result.bits_per_token:.4f} bits per token")
+    output_console().print(NOT_COVERED, soft_wrap=True)
     return table

@@ -1,0 +1,131 @@
+"""Perplexity with its intervals, differences on the same blocks, bits per byte and the picture."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from holdfast.data.text import PackedText, byte_tokenizer, pack
+from holdfast.data.token_bytes import TokenBytes
+from holdfast.evaluation.perplexity import PerplexityResult, evaluate_perplexity, plot_perplexity
+from holdfast.evaluation.ratios import student_quantile
+
+VOCABULARY = 259
+
+
+class Guessing(nn.Module):
+    """Logits that follow from the token before: another model with another seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.logits = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, **arguments: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.logits[input_ids])
+
+
+def blocks_of(count: int, length: int, *, isolate: bool = False) -> list[dict[str, torch.Tensor]]:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 250, size) for size in rng.integers(1, 40, count * length)]
+    packed = pack(documents, length, eos_token_id=258, isolate=isolate)
+    return [packed[index] for index in range(count)]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_the_interval_is_that_of_the_losses_of_blocks(isolate: bool) -> None:
+    model, blocks = Guessing(0), blocks_of(9, 40, isolate=isolate)
+    result = evaluate_perplexity(model, blocks, position_bins=4, progress=False)
+    losses, tokens = [], []
+    for block in blocks:
+        nll = nn.functional.cross_entropy(model.logits[block["input_ids"][:-1]], block["labels"][1:], reduction="none")
+        losses.append(nll[block["labels"][1:] != -100].sum().item())
+        tokens.append(int((block["labels"][1:] != -100).sum()))
+    errors = np.array(losses) - sum(losses) / sum(tokens) * np.array(tokens)
+    half = student_quantile(8) * math.sqrt(9 / 8 * (errors**2).sum()) / sum(tokens)
+    mean = sum(losses) / sum(tokens)
+    assert result.interval == pytest.approx((mean - half, mean + half), rel=1e-5)
+    assert result.perplexity_interval == pytest.approx((math.exp(mean - half), math.exp(mean + half)), rel=1e-4)
+    assert [sum(each.nll) for each in result.by_block] == pytest.approx(losses, rel=1e-5)
+    assert len({each.block for each in result.by_block}) == 9
+    for part in result.bins:
+        assert part.interval is not None
+        assert part.interval[0] < (part.mean_nll or 0) < part.interval[1]
+    alone = evaluate_perplexity(model, blocks[:1], progress=False)
+    assert alone.interval is alone.perplexity_interval is alone.bins[-1].interval is None
+
+
+def test_everything_can_be_computed_again_from_json() -> None:
+    sizes = TokenBytes.of(byte_tokenizer())
+    one, other = (
+        evaluate_perplexity(Guessing(seed), blocks_of(7, 30), token_bytes=sizes, position_bins=3, progress=False)
+        for seed in (0, 1)
+    )
+    read = [
+        PerplexityResult.from_dict(json.loads(json.dumps(each.to_dict(), allow_nan=False))) for each in (one, other)
+    ]
+    assert read == [one, other]
+    assert read[0].to_dict() == one.to_dict()
+    again, difference = read[1].difference(read[0]), other.difference(one)
+    assert again is not None
+    assert difference is not None
+    assert again.interval == difference.interval
+    assert difference.value == pytest.approx(other.mean_nll - one.mean_nll)
+    written = one.to_dict()
+    for name in ("by_block", "bytes"):  # as before there were blocks
+        del written[name]
+    old = PerplexityResult.from_dict(written)
+    assert (old.perplexity, old.interval, old.bits_per_byte) == (one.perplexity, None, None)
+    assert old.difference(one) is None
+
+
+def test_differences_are_of_the_same_blocks_alone() -> None:
+    blocks = blocks_of(8, 30)
+    one = evaluate_perplexity(Guessing(0), blocks[:6], progress=False)
+    assert one.difference(one).interval == (0, 0)
+    assert evaluate_perplexity(Guessing(1), blocks[2:], progress=False).difference(one) is None
+    assert evaluate_perplexity(Guessing(1), blocks, progress=False).difference(one) is None
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_bytes_are_those_of_the_scored_tokens(isolate: bool) -> None:
+    texts = ["naïve größe 東京 🙂 " * n for n in range(1, 9)]
+    packed = PackedText.from_texts(texts, byte_tokenizer(), 48, isolate=isolate, progress=False)
+    sizes = TokenBytes.of(byte_tokenizer())
+    result = evaluate_perplexity(Guessing(0), packed, token_bytes=sizes, position_bins=4, batch_size=3, progress=False)
+    scored = [block["labels"][1:][block["labels"][1:] != -100] for block in packed]
+    expected = [int((labels < 256).sum()) for labels in scored]  # ends of documents stand for no byte
+    assert [sum(each.bytes or ()) for each in result.by_block] == expected
+    assert result.bytes == sum(expected) == sum(part.bytes or 0 for part in result.bins)
+    assert 0 < result.bytes < result.tokens
+    assert result.bits_per_byte == pytest.approx(result.bits_per_token * result.tokens / result.bytes)
+    low, high = result.bits_per_byte_interval or (0, 0)
+    assert low < result.bits_per_byte < high
+    unknown = evaluate_perplexity(Guessing(0), packed, progress=False)
+    assert unknown.bytes is unknown.bits_per_byte is unknown.bits_per_byte_interval is None
+
+
+def test_the_picture_has_a_line_a_band_and_the_length_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: drawn.append(figure) or save(figure, *args, **kw)
+    )
+    results = {f"seed {seed}": evaluate_perplexity(Guessing(seed), blocks_of(5, 64), progress=False) for seed in (0, 1)}
+    path = plot_perplexity(results, tmp_path / "p.png", trained={"seed 0": 32, "seed 1": 500})
+    assert path.stat().st_size > 5_000
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["seed 0", "seed 1", "trained on 32"]
+    assert len(axes.collections) == 2  # bands
+    for line, result in zip(axes.lines, results.values(), strict=False):
+        assert list(line.get_ydata()) == [part.perplexity for part in result.bins]
+    with pytest.raises(ValueError, match="results is empty"):
+        plot_perplexity({}, path)
