@@ -133,7 +133,7 @@ def _perplexity(chosen: All, directory: Path, label: str) -> Part:
         name,
         (directory,),
         lambda: Perplexity(
-            str(directory),
+            (str(directory),),
             data=data,
             split=chosen.split,
             length=length,

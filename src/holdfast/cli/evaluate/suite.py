@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PartName = Literal["needle", "turns", "perplexity", "recall", "scorers", "efficiency"]
 PARTS: tuple[PartName, ...] = ("needle", "turns", "perplexity", "recall", "scorers", "efficiency")
-UNSHOWN = ("models", "model", "json", "plot", "pareto", "accuracy", "progress", "size")
+UNSHOWN = ("models", "json", "plot", "pareto", "accuracy", "progress", "size")
 """Options of the evaluations that no number follows from, but for the models, which have fingerprints."""
 TEXTS = ("data", "haystack")
 """Options that name texts, whose contents count and not where they lie."""
