@@ -19,6 +19,7 @@ from holdfast.cli import main
 from holdfast.cli.evaluate import scorers as scorers_command
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import PackedText, byte_tokenizer, load_text, prepare
+from holdfast.data.token_bytes import TokenBytes
 from holdfast.evaluation.perplexity import evaluate_perplexity
 from holdfast.modeling import HybridModel
 from holdfast.settings import to_toml
@@ -260,9 +261,9 @@ def test_beyond_the_length_of_training(models: Path, tmp_path: Path, capsys: pyt
     assert written(out)["models"]["text"]["bins"][-1]["stop"] == 100
     argv = ["evaluate", "scorers", str(models / "text"), *text, *BUDGETS, "--scorers", "recency"]
     assert main(argv) == 0
-    assert written(out)["length"] == TOLD
+    assert written(out)["settings"]["length"] == TOLD
     assert main([*argv, "--length", "100", "--beyond"]) == 0
-    assert written(out)["length"] == 100
+    assert written(out)["settings"]["length"] == 100
     for name in ("perplexity", "scorers"):
         capsys.readouterr()
         assert main(["evaluate", name, "--help"]) == 0
@@ -283,8 +284,9 @@ def test_perplexity_by_document(models: Path, tmp_path: Path) -> None:
     texts = load_text(models / "text.jsonl", split="validation")
     blocks = PackedText.from_texts(texts, byte_tokenizer(), 48, isolate=True, progress=False)
     model = HybridForCausalLM.from_pretrained(models / "text").eval()
-    expected = evaluate_perplexity(model, blocks, max_blocks=9, batch_size=4, progress=False)
-    assert found["models"]["text"] == expected.to_dict()
+    sizes = TokenBytes.of(byte_tokenizer())
+    expected = evaluate_perplexity(model, blocks, max_blocks=9, batch_size=4, token_bytes=sizes, progress=False)
+    assert found["models"]["text"] == expected.to_dict() | {"difference": None}
     assert expected.tokens < 9 * 47  # documents start inside
 
 
@@ -352,8 +354,9 @@ def test_the_trained_scorer_bears_its_name(
     argv = [str(folder), "--budgets", "5", "--scorers", "trained", "random", "--samples", "4"]
     assert main(["evaluate", "scorers", *argv, "--json", str(tmp_path / "out.json")]) == 0
     assert f"│ {name} " in capsys.readouterr().out
-    found = written(tmp_path / "out.json")
-    assert (list(found["values"]), f"trained ({found['trained']})") == (["trained", "random"], name)
+    found = written(tmp_path / "out.json")["models"]["m"]
+    assert [cell["scorer"] for cell in found["cells"]] == ["trained", "random"]
+    assert f"trained ({found['trained']})" == name
 
 
 NEEDLES = ("--tasks", "niah_single_1", "niah_multikey_2", "--samples", "2", "--length", "1200", "--beyond")
@@ -364,13 +367,15 @@ def test_scorers_are_asked_for_needles_in_one_pass(models: Path, tmp_path: Path)
     argv = ["evaluate", "scorers", str(models / "text"), *NEEDLES, "--budgets", "5", "--scorers", "trained", "random"]
     assert main([*argv, "--json", str(output)]) == 0
     data = json.loads(output.read_text())
-    assert data["measure"] == "needles found in one pass"
-    assert (data["length"], data["tasks"]) == (1200, ["niah_multikey_2", "niah_single_1"])
-    assert list(data["shares"]) == ["trained", "random"]
-    for found in data["shares"].values():
-        (share,) = found["5"]
-        assert (share["count"], share["correct"]) == (4, 0)
-        assert share["interval"][1] > 0.3  # four samples of a model that knows nothing say little
+    settings, cells = data["settings"], data["models"]["text"]["cells"]
+    assert settings["measure"] == "needles found in one pass"
+    assert (settings["length"], settings["tasks"]) == (1200, ["niah_multikey_2", "niah_single_1"])
+    assert [(cell["scorer"], cell["task"]) for cell in cells] == [
+        (scorer, task) for scorer in ("trained", "random") for task in ("niah_multikey_2", "niah_single_1")
+    ]
+    for cell in cells:
+        assert (cell["count"], cell["correct"]) == (2, 0)
+        assert cell["interval"][1] > 0.3  # two samples of a model that knows nothing say little
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def test_a_length_that_no_sample_can_have_is_refused_before_anything_is_measured
 def test_the_type_of_numbers_reaches_the_scorers(models: Path, name: str) -> None:
     options = ["--parts", "scorers", "--samples", "8", "--dtype", "bfloat16", "--data", str(models / "text.txt")]
     assert main(["evaluate", "all", str(models / name), "--output", str(models / "out"), *options]) == 0
-    assert json.loads((models / "out" / f"scorers-{name}.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((models / "out" / f"scorers-{name}.json").read_text())["settings"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(("length", "plan"), [(1024, "turns 2, facts 2"), (1500, "turns 2, facts 4")])

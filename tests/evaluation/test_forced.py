@@ -44,16 +44,15 @@ def samples() -> list[RulerSample]:
 
 def test_answers_that_would_be_generated_are_right(samples: list[RulerSample]) -> None:
     told = [f"{sample.prompt} {sample.answers[0]}" for sample in samples]
-    assert ask_in_one_pass(Knowing(told[:4]), TOKENIZER, samples).correct == 4
+    assert ask_in_one_pass(Knowing(told[:4]), TOKENIZER, samples) == [True] * 4 + [False] * 2
     # Wrong in the last character only, and in the first only.
     wrong = [f"{told[0][:-1]}x", f"{samples[1].prompt} x{samples[1].answers[0][1:]}", told[2]]
-    share = ask_in_one_pass(Knowing(wrong), TOKENIZER, samples)
-    assert (share.count, share.correct) == (6, 1)
+    assert ask_in_one_pass(Knowing(wrong), TOKENIZER, samples) == [False, False, True, False, False, False]
 
 
 def test_a_model_that_trains_goes_on_training(samples: list[RulerSample]) -> None:
     model = Knowing([]).train()
-    assert ask_in_one_pass(model, TOKENIZER, samples[:1]).correct == 0
+    assert ask_in_one_pass(model, TOKENIZER, samples[:1]) == [False]
     assert model.training
 
 

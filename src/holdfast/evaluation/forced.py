@@ -12,13 +12,12 @@ import torch
 
 from holdfast.data.ruler import RulerSample
 from holdfast.evaluation.inference import evaluating
-from holdfast.evaluation.intervals import Share
 
 __all__ = ["answer_tokens", "ask_in_one_pass"]
 
 
-def ask_in_one_pass(model: Any, tokenizer: Any, samples: Iterable[RulerSample]) -> Share:
-    """How many samples a model would answer, going on greedily, by exactly the value asked for.
+def ask_in_one_pass(model: Any, tokenizer: Any, samples: Iterable[RulerSample]) -> list[bool]:
+    """Which samples a model would answer, going on greedily, by exactly the value asked for.
 
     The prompt and the answer are read together; the answer is right if each of its tokens is the likeliest after those
     before it. That is stricter than RULER's own score, which finds the answer anywhere in what is generated, so the
@@ -41,7 +40,7 @@ def ask_in_one_pass(model: Any, tokenizer: Any, samples: Iterable[RulerSample]) 
             ids = torch.tensor([[*sample.ids, *tokens[:-1]]], device=model.device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(tokens)).logits
             right.append(logits[0].argmax(dim=-1).tolist() == list(tokens))
-    return Share(len(right), sum(right))
+    return right
 
 
 def answer_tokens(tokenizer: Any, sample: RulerSample) -> Sequence[int]:

@@ -324,14 +324,20 @@ def compare_scorers(
 
 
 def plot_comparison(
-    values: Mapping[str, Mapping[int, Sequence[float]]], path: str | os.PathLike[str], *, what: str
+    values: Mapping[str, Mapping[int, Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    what: str,
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> Path:
-    """Draw what was measured against the budget: a line per scorer, the mean over models, in a band from least to most.
+    """Draw what was measured against the budget: a line per scorer, the mean over models, in a band from least to most,
+    or in that of given intervals.
 
     Args:
         values: by scorer and budget, a value per model.
         path: file to write; its ending gives the format (png, svg, pdf). Replaced only when the picture is complete.
         what: name of the values.
+        intervals: to draw as bands, by scorer and budget, as of one model, which has neither a least nor a most.
 
     Returns:
         The path written.
@@ -347,7 +353,8 @@ def plot_comparison(
             budgets = list(by_budget)
             means = [statistics.mean(by_budget[budget]) for budget in budgets]
             (line,) = axes.plot(budgets, means, marker="o", markersize=4, label=scorer.replace("_", " "))
-            low, high = ([extreme(by_budget[budget]) for budget in budgets] for extreme in (min, max))
+            bands = by_budget if intervals is None else intervals[scorer]
+            low, high = ([extreme(bands[budget]) for budget in budgets] for extreme in (min, max))
             axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
