@@ -67,12 +67,14 @@ def scorers(name: str, form: str, trained_apart: str | None = None) -> str:
 
     The best accuracies are bold. Perplexities are not: they lie within one percent of each other.
     """
-    values = read(name)["values"]
+    number = "accuracy" if form == "share" else "perplexity"
+    values: dict[str, dict[int, list[float]]] = {}
+    for model in read(name)["models"].values():
+        for cell in model["cells"]:
+            values.setdefault(cell["scorer"], {}).setdefault(cell["budget"], []).append(cell[number])
     if trained_apart is not None:
         runs = read(trained_apart)["values"]["MLP, no context"]
-        mlp = {
-            str(at["budget"]): [run[index]["beyond"]["accuracy"] for run in runs] for index, at in enumerate(runs[0])
-        }
+        mlp = {at["budget"]: [run[index]["beyond"]["accuracy"] for run in runs] for index, at in enumerate(runs[0])}
         values = {"trained CNN": values.pop("trained"), "trained MLP, in models of its own": mlp} | values
     budgets = list(next(iter(values.values())))
     best = {
@@ -85,7 +87,7 @@ def scorers(name: str, form: str, trained_apart: str | None = None) -> str:
         rows.append(
             [scorer.replace("_", " "), *(f"**{shown[b]}**" if found[b] == best[b] else shown[b] for b in budgets)]
         )
-    return table(["slots per head", *budgets], rows)
+    return table(["slots per head", *map(str, budgets)], rows)
 
 
 def books() -> str:
