@@ -215,7 +215,7 @@ def test_options_that_would_do_nothing_are_refused_in_one_line(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = ["scorers", str(models / "tokens"), *BUDGETS]
-    for option, value in (("--length", "24"), ("--split", "train"), ("--max-blocks", "3")):
+    for option, value in (("--length", "24"), ("--split", "train"), ("--column", "a"), ("--max-blocks", "3")):
         assert f"without --data the samples of the needle task are read; leave {option} out" in refused(
             capsys, *task, option, value
         )

@@ -1,19 +1,29 @@
 """The code of docs/evaluation.md runs as it stands, and what the page names is there."""
 
 import importlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
 
 from holdfast import HybridForCausalLM
+from holdfast.cli import main
 from holdfast.data.needle import NeedleTask
+from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.ruler import RulerSettings
 from holdfast.evaluation.scorers import SCORERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def code_of(section: str) -> CodeType:
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    return compile(code, "docs/evaluation.md", "exec")
 
 
 def test_a_scorer_of_ones_own_is_entered_and_compared(
@@ -23,8 +33,7 @@ def test_a_scorer_of_ones_own_is_entered_and_compared(
     monkeypatch.setattr("holdfast.evaluation.scorers.SCORERS", two)
     task = NeedleTask(length=48, num_pairs=6, num_keys=8, num_values=8, num_noise=4, window=6)
     names: dict[str, Any] = {"model": small_model("gated_deltanet", "learned_eviction"), "task": task}
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    exec(compile(code, "docs/evaluation.md", "exec"), names)
+    exec(code_of("A scorer of one's own"), names)
     assert set(names["results"]) == {
         (name, size) for name in ("value_norm", "recency", "small_values") for size in (8, 16)
     }
@@ -33,9 +42,32 @@ def test_a_scorer_of_ones_own_is_entered_and_compared(
     assert "small_values, 16 slots: " in capsys.readouterr().out
 
 
+def test_perplexities_are_computed_again_from_their_file(
+    small_model: Callable[..., HybridForCausalLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("All happy families are alike. " * 40)
+    for seed, name in enumerate(("one", "two")):
+        small_model(vocab_size=259, seed=seed).save_pretrained(name)
+        byte_tokenizer().save_pretrained(name)
+    options = ["--data", "text.txt", "--length", "64", "--json", "perplexity.json"]
+    assert main(["evaluate", "perplexity", "one", "two", *options]) == 0
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    exec(code_of("Perplexity, its interval, and bits per byte"), names)
+    one, two = names["results"].values()
+    difference = two.difference(one)
+    assert difference is not None
+    assert f"one {one.perplexity} {one.perplexity_interval} {one.bits_per_byte}" in capsys.readouterr().out
+    assert json.loads(Path("perplexity.json").read_text())["models"]["two"]["difference"]["value"] == difference.value
+
+
 def test_what_the_page_names_is_there() -> None:
     rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \| (`[^|]+) \|$", PAGE, re.M)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for calls, modules in rows:
         found = [importlib.import_module(f"holdfast.evaluation.{name}") for name in re.findall(r"`(\w+)`", modules)]
         for name in re.findall(r"`(\w+)", calls):

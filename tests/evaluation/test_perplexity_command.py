@@ -1,6 +1,7 @@
 """`holdfast evaluate perplexity` of several models."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def test_several_models_in_one_table_and_one_file(models: Path, capsys: pytest.C
     found = evaluate(models, "one", "two", "one", options=("--bins", "3", "--plot", str(models / "p.png")))
     assert list(found["models"]) == ["one", "two"]  # a model given twice counts once
     out = capsys.readouterr().out
-    for shown in ("0 to 15", "32 to 47", "beside the first", "bits per byte", "do not cover the seeds of training"):
+    for shown in ("0 to 15", "32 to 47", "than that of one.", "bits per byte", "do not cover the seeds of training"):
         assert shown in out
     assert (models / "p.png").stat().st_size > 5_000
     blocks = PackedText.from_texts(load_text(models / "text.txt"), byte_tokenizer(), 48, progress=False)
@@ -56,7 +57,16 @@ def test_several_models_in_one_table_and_one_file(models: Path, capsys: pytest.C
     difference = results["two"].difference(results["one"])
     assert difference is not None
     assert found["models"]["one"]["difference"] is None
-    assert found["models"]["two"]["difference"] == {"to": "one", **difference.to_dict()}
+    written = found["models"]["two"]["difference"]
+    assert (written["to"], written["value"]) == ("one", difference.value)
+    assert written["interval"] == list(difference.interval or ())
+    by_bin = [
+        part.mean_nll - other.mean_nll for part, other in zip(results["two"].bins, results["one"].bins, strict=True)
+    ]
+    assert [part["value"] for part in written["bins"]] == pytest.approx(by_bin)
+    for part in [written, *written["bins"]]:
+        low, high = (100 * math.expm1(end) for end in part["interval"])
+        assert f"{100 * math.expm1(part['value']):+.2f}% ({low:+.2f}% to {high:+.2f}%)" in out
 
 
 @pytest.mark.parametrize("options", [(), ("--max-blocks", "12")])

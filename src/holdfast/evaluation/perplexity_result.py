@@ -131,7 +131,13 @@ class PerplexityResult:
     @property
     def loss(self) -> Estimate | None:
         """The mean negative log-likelihood with its error; None if the blocks are not known."""
-        return Estimate.ratio([sum(each.nll) for each in self.by_block], [sum(each.tokens) for each in self.by_block])
+        return self._loss(None)
+
+    def _loss(self, part: int | None) -> Estimate | None:
+        """Of the tokens of one bin, or of all."""
+        chosen = slice(None) if part is None else slice(part, part + 1)
+        nll = [sum(each.nll[chosen]) for each in self.by_block]
+        return Estimate.ratio(nll, [sum(each.tokens[chosen]) for each in self.by_block])
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -152,14 +158,16 @@ class PerplexityResult:
         found = Estimate.ratio(bits, [sum(each.bytes or ()) for each in self.by_block])
         return None if found is None else found.interval
 
-    def difference(self, reference: "PerplexityResult") -> Estimate | None:
-        """Mean negative log-likelihood beyond that of `reference`, block by block; None unless both read the same."""
+    def difference(self, reference: "PerplexityResult", part: int | None = None) -> Estimate | None:
+        """Mean negative log-likelihood beyond that of `reference`, block by block; None unless both read the same.
+
+        With `part` it is that of one of the bins, None where it has no tokens.
+        """
         same = [(each.block, each.tokens) for each in self.by_block] == [
             (each.block, each.tokens) for each in reference.by_block
         ]
-        if not same or self.loss is None or reference.loss is None:
-            return None
-        return self.loss - reference.loss
+        mine, others = self._loss(part), reference._loss(part)
+        return mine - others if same and mine is not None and others is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""

@@ -31,6 +31,7 @@ examples:
   holdfast evaluate recall runs/books-lalte --beyond --tasks squad --data dev-v2.0.json
   holdfast evaluate turns runs/needle-lalte runs/needle-gdn --plot turns.png
   holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048 --beyond
+  holdfast evaluate perplexity runs/books-lalte runs/books-gdn --data data/books --plot perplexity.png
   holdfast evaluate scorers runs/demo/needle-lalte --budgets 16 32 64 --json scorers.json --plot scorers.png
   holdfast evaluate efficiency --contexts 1024 4096 16384 --batch-sizes 1 4 --json costs.json --plot costs.png
   holdfast evaluate efficiency runs/demo/needle-* --accuracy runs/demo/results.json --pareto pareto.png

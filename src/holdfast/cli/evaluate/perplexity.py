@@ -235,43 +235,57 @@ def _ends(reading: _Reading) -> list[int] | None:
 
 
 def _compared(results: Mapping[str, PerplexityResult]) -> dict[str, Any]:
-    """Results by model, ready for JSON, each with its difference to the first where they read the same blocks."""
+    """Results by model, ready for JSON, each with its difference to the first where they read the same blocks: of mean
+    negative log-likelihoods, in all and by bin."""
     reference = next(iter(results))
     models = {}
     for name, result in results.items():
-        found = None if name == reference else result.difference(results[reference])
-        difference = None if found is None else {"to": reference, **found.to_dict()}
-        models[name] = result.to_dict() | {"difference": difference}
+        models[name] = result.to_dict() | {"difference": None}
+        if name != reference and (found := result.difference(results[reference])) is not None:
+            by_bin = (result.difference(results[reference], index) for index in range(len(result.bins)))
+            bins = [None if part is None else part.to_dict() for part in by_bin]
+            models[name]["difference"] = {"to": reference, **found.to_dict(), "bins": bins}
     return models
 
 
 def _show(results: Mapping[str, PerplexityResult], text: TextBlocks) -> Table:
     """One row per bin of positions, one column per model."""
-    first, *others = results.values()
-    what = " / ".join(dict.fromkeys(f"{result.blocks:,}" for result in results.values()))
-    table = Table(title=f"perplexity of {text.name} by position, {what} blocks of {text.length:,} (95 % interval)")
+    found = list(results.values())
+    blocks = _listed([result.blocks for result in found])
+    table = Table(title=f"perplexity of {text.name} by position, {blocks} blocks of {text.length:,} (95 % interval)")
     table.add_column("positions", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right")
     for name in results:
         table.add_column(name, justify="right")
-
-    def add(title: str, counts: Sequence[int], cells: Sequence[str]) -> None:
-        table.add_row(title, " / ".join(dict.fromkeys(f"{count:,}" for count in counts)), *cells)
-
-    for parts in zip(*(result.bins for result in results.values()), strict=True):
-        cells = [show_number(part.perplexity, part.perplexity_interval) for part in parts]
-        add(f"{parts[0].start:,} to {parts[0].stop - 1:,}", [part.tokens for part in parts], cells)
+    for index, part in enumerate(found[0].bins):
+        tokens = _listed([result.bins[index].tokens for result in found])
+        table.add_row(f"{part.start:,} to {part.stop - 1:,}", tokens, *_cells(found, index))
     table.add_section()
-    found = list(results.values())
-    add("all", [r.tokens for r in found], [show_number(r.perplexity, r.perplexity_interval) for r in found])
-    if others:
-        beside = ["first", *(show_ratio(result.difference(first)) for result in others)]
-        table.add_row("beside the first", "", *beside)
+    table.add_row("all", _listed([result.tokens for result in found]), *_cells(found))
     table.add_section()
     table.add_row("bits per token", "", *(f"{result.bits_per_token:.4f}" for result in found))
-    bits = [show_number(result.bits_per_byte, result.bits_per_byte_interval, digits=4) for result in found]
+    bits = (show_number(result.bits_per_byte, result.bits_per_byte_interval, digits=4) for result in found)
     table.add_row("bits per byte", "", *bits)
     table.add_row("bytes", "", *("–" if result.bytes is None else f"{result.bytes:,}" for result in found))
     output_console().print(table)
+    if len(found) > 1:
+        output_console().print(f"Percents: how much greater the perplexity is than that of {next(iter(results))}.")
     output_console().print(NOT_COVERED, soft_wrap=True)
     return table
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """Counts of models, once where they are the same."""
+    return " / ".join(dict.fromkeys(f"{count:,}" for count in counts))
+
+
+def _cells(results: Sequence[PerplexityResult], index: int | None = None) -> list[str]:
+    """Perplexities in a bin of positions, or in all, and those of further models also beside that of the first."""
+    shown = []
+    for result in results:
+        part = result if index is None else result.bins[index]
+        cell = show_number(part.perplexity, part.perplexity_interval)
+        if result is not results[0] and part.tokens:
+            cell += f"\n{show_ratio(result.difference(results[0], index))}"
+        shown.append(cell)
+    return shown

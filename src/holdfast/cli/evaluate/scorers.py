@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from holdfast.data.ruler import Essays
     from holdfast.modeling import HybridForCausalLM
 
-FOR_TEXT = ("split", "length", "max_blocks")
+FOR_TEXT = ("split", "column", "config", "length", "max_blocks")
 """Options that only blocks of text follow."""
 
 
@@ -63,6 +63,10 @@ class Scorers:
     """Text: a file (parquet, jsonl, json, txt), a directory of them or of prepared text, or a data set on the hub."""
     split: str | None = None
     """Split of the text; a single file is read whole. Default: validation."""
+    column: str | None = None
+    """That holds the text, in files with columns and in data sets on the hub. Default: text."""
+    config: str | None = None
+    """Configuration of a data set on the hub."""
     length: int | None = None
     """Tokens per block of text, or per sample of --tasks; default: 512, or what the models were trained on where that
     is less."""
@@ -90,7 +94,7 @@ class Scorers:
         if self.tasks and self.data is not None:
             raise UsageError("--tasks and --data are two measures; give one of them.")
         if self.tasks:
-            _refuse_given(self, "with --tasks needles are asked for, and no text is read", "split", "max_blocks")
+            _refuse_given(self, "with --tasks needles are asked for, and no text is read", *FOR_TEXT[:3], "max_blocks")
         elif self.data is None:
             _refuse_given(self, "without --data the samples of the needle task are read", *FOR_TEXT)
         else:
@@ -192,7 +196,7 @@ class Scorers:
             return None
         length = block_length(directories, self.length, self.beyond)
         blocks = 64 if self.max_blocks is None else self.max_blocks
-        return TextBlocks(self.data, self.split or "validation", "text", None, length, blocks)
+        return TextBlocks(self.data, self.split or "validation", self.column or "text", self.config, length, blocks)
 
     def _settings(self, directories: Sequence[Path], text: TextBlocks | None, essays: Essays | None) -> dict[str, Any]:
         """What the numbers follow from beside the models, scorers and budgets."""
