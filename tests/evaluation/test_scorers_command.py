@@ -1,6 +1,7 @@
 """`holdfast evaluate scorers`."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
-from holdfast.data.text import byte_tokenizer
+from holdfast.data.text import byte_tokenizer, train_tokenizer
 from holdfast.evaluation.intervals import Share
 from holdfast.evaluation.needle import evaluate_needle
 from holdfast.evaluation.perplexity import PerplexityResult
@@ -171,9 +172,13 @@ def test_tasks_have_tables_of_their_own_and_one_of_their_mean(
     assert main([*argv, *options, "--plot", str(tmp_path / "out.png")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for task in tasks:
-        assert f"{task}: needles found in one pass, by slots per head: 3 samples; mean of 2 models (95 %" in shown
+        assert (
+            f"{task}: needles found in one pass, by slots per head: 3 samples; mean of 2 models [least to most] (95 %"
+            in shown
+        )
     assert "mean of 2 tasks: needles found in one pass, by slots per head: 6 samples; mean of 2 models" in shown
     assert shown.count("random beside trained") == 3
+    assert shown.count("[0.0% to 0.0%]") == 3 * 4
     assert "they do not cover the seeds of training" in shown
     assert (tmp_path / "out.png").stat().st_size > 5_000
     assert shown.count("0.0%") >= 2 * 3 * 4  # nothing is found: a value and the end of its interval
@@ -200,3 +205,27 @@ def test_recall_is_shown_with_its_interval_and_the_number_of_answers(
     low, high = second["difference"]["interval"]
     assert f"({100 * low:+.1f} to {100 * high:+.1f})" in shown
     assert second["difference"]["value"] == pytest.approx(second["accuracy"] - first["accuracy"])
+
+
+def test_the_mean_of_models_is_shown_with_the_least_and_the_most(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [saved(small_model(vocab_size=300, seed=seed), tmp_path / f"m{seed}", recipe="") for seed in (0, 1)]
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("All happy families are alike; every unhappy family is unhappy in its own way. " * 9)
+    options = ["--data", str(text), "--length", "64", "--scorers", "random", "recency", "--budgets", "5"]
+    argv = ["evaluate", "scorers", *models, *options, "--json", str(out)]
+    assert main([*argv, "--plot", str(tmp_path / "out.png")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    by_model = [
+        {cell["scorer"]: cell for cell in model["cells"]} for model in json.loads(out.read_text())["models"].values()
+    ]
+    for scorer in ("random", "recency"):
+        found = [cells[scorer] for cells in by_model]
+        least, most = sorted(cell["perplexity"] for cell in found)
+        assert f"[{least:.3f} to {most:.3f}]" in shown
+        assert f" {math.exp((found[0]['mean_nll'] + found[1]['mean_nll']) / 2):.3f} " in shown
+    assert "mean of 2 models [least to most]" in shown
+    train_tokenizer([text.read_text()], 300, progress=False).save_pretrained(models[1])
+    assert main(argv) == 2
+    assert "m1 has another tokenizer than " in capsys.readouterr().err

@@ -98,13 +98,22 @@ def text_measures(directories: Sequence[Path], text: TextBlocks, *, seed: int, d
     """Of text: perplexity.
 
     Raises:
-        UsageError: if a model cannot read it.
+        UsageError: if a model cannot read it, or the models have several tokenizers: the mean of perplexities of
+            different tokens is that of nothing.
     """
     from holdfast.data.token_bytes import TokenBytes
+    from holdfast.data.tokenizers import fingerprint
     from holdfast.evaluation.perplexity import block_digest
 
+    tokenizers = read_text_models(directories, english=False)
+    kinds = {directory: fingerprint(tokenizer) for directory, tokenizer in tokenizers.items()}
+    if other := [directory for directory in directories if kinds[directory] != kinds[directories[0]]]:
+        raise UsageError(
+            f"{other[0]} has another tokenizer than {directories[0]}, and perplexities of different tokens have no "
+            "mean; give models of one recipe."
+        )
     measures: dict[Path, Measure] = {}
-    for directory, tokenizer in read_text_models(directories, english=False).items():
+    for directory, tokenizer in tokenizers.items():
         packed = text.read(tokenizer, directory)
         blocks = [packed[index] for index in range(min(len(packed), text.max_blocks or len(packed)))]
         digests = [block_digest(block) for block in blocks]

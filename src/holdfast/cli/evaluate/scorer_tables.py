@@ -35,7 +35,7 @@ def compared(models: Sequence[Measured]) -> dict[str, Accuracies | Losses]:
 
 def tables(models: Sequence[Measured], shown: Mapping[str, str], what: str) -> list[Table]:
     """A table for each task, and one of their mean: a row for each scorer, a column for each budget, and below them how
-    the others differ from the first.
+    the others differ from the first. Of several models the mean has an interval, and least and most stand in brackets.
 
     Args:
         models: what was measured, of all models with the same scorers, budgets and tasks.
@@ -45,15 +45,17 @@ def tables(models: Sequence[Measured], shown: Mapping[str, str], what: str) -> l
     reference, *others = shown
     budgets = list(dict.fromkeys(budget for _, budget in models[0]))
     made = []
+    alone = [compared([model]) for model in models]
     for task, found in compared(models).items():
-        counted = _counted(found) + (f"; mean of {len(models)} models" if len(models) > 1 else "")
+        each = [by_task[task] for by_task in alone]
+        counted = _counted(found) + (f"; mean of {len(models)} models [least to most]" if len(models) > 1 else "")
         named = f"{task}: {what}" if task not in what else what
         table = Table(title=f"{named}, by slots per head: {counted} (95 % interval)")
         table.add_column("scorer", no_wrap=True)
         for budget in budgets:
             table.add_column(f"{budget:,}", justify="right")
         for scorer, name in shown.items():
-            table.add_row(name, *(_shown(found, (scorer, budget)) for budget in budgets))
+            table.add_row(name, *(_shown(found, each, (scorer, budget)) for budget in budgets))
         table.add_section()
         for scorer in others:
             cells = (_beside(found, (scorer, budget), (reference, budget)) for budget in budgets)
@@ -117,13 +119,18 @@ def _counted(found: Accuracies | Losses) -> str:
     return f"{samples:,} samples" if samples == answers else f"{answers:,} answers in {samples:,} samples"
 
 
-def _shown(found: Accuracies | Losses, at: Place) -> str:
-    """A value over its interval."""
+def _shown(found: Accuracies | Losses, each: Sequence[Accuracies | Losses], at: Place) -> str:
+    """A value over its interval, and of several models over the least and the most."""
     from holdfast.evaluation.scorer_results import Losses
 
     if isinstance(found, Losses):
-        return show_number(found.value(at), found.interval(at)).replace(" (", "\n(")
-    return show_share(found.share(at)).replace(" (", "\n(")
+        number, form = show_number(found.value(at), found.interval(at)), ".3f"
+    else:
+        number, form = show_share(found.share(at)), ".1%"
+    if len(each) > 1:
+        values = [one.value(at) for one in each]
+        number += f"\n[{min(values):{form}} to {max(values):{form}}]"
+    return number.replace(" (", "\n(")
 
 
 def _beside(found: Accuracies | Losses, at: Place, reference: Place) -> str:
