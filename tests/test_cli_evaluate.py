@@ -10,7 +10,7 @@ import pytest
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
-from holdfast.cli.evaluate.common import read_haystack
+from holdfast.cli.evaluate.common import read_haystack, shown_names, told_apart
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
 from holdfast.settings import to_toml
@@ -227,7 +227,38 @@ def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, capsys:
     pair = [str(models / "tokens"), str(tmp_path / "tokens")]
     options = ["--conversations", "1", "--turns", "2", "--json", str(tmp_path / "r.json")]
     assert main(["evaluate", "turns", *pair, *options]) == 0
-    assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == pair
+    names = [f"{models.name}/tokens", f"{tmp_path.name}/tokens"]
+    assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == names
+
+
+def test_models_are_called_as_they_were_given(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for link in ("a", "b"):
+        (tmp_path / link).symlink_to(models / "tokens")
+    file = tmp_path / "r.json"
+    assert main(["evaluate", "needle", "a", "./b/", "--samples", "2", "--json", str(file)]) == 0
+    assert list(json.loads(file.read_text())["models"]) == ["a", "b"]
+    shown = capsys.readouterr().out
+    assert "tokens" not in shown.partition("distance")[2]
+
+
+def test_names_are_the_shortest_ends_that_tell_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*given: str) -> list[str]:
+        return list(shown_names([Path(name) for name in given]).values())
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert names("runs/s0/lalte", "runs/s1/lalte", "/runs/gdn") == ["s0/lalte", "s1/lalte", "gdn"]
+    assert names("lalte", "s1/lalte", "../lalte") == ["lalte", "s1/lalte", "../lalte"]
+    assert names(".", "..") == ["here", tmp_path.name]
+    hub = "hub/models--owner--lalte/snapshots"
+    assert names(f"{hub}/0123456789", "x/lalte") == ["owner/lalte", "lalte"]
+    assert names(f"{hub}/0123456789", f"{hub}/9876543210") == ["owner/lalte@01234567", "owner/lalte@98765432"]
+    with told_apart([Path("s0/lalte"), Path("s1/lalte")]):
+        assert names("s1/lalte") == ["s1/lalte"]
+    assert names("s1/lalte") == ["lalte"]
 
 
 def test_what_cannot_be_done_is_refused_in_one_line(

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,38 @@ def model_directories(names: Sequence[str], command: str) -> list[Path]:
 
 
 def shown_names(directories: Sequence[Path]) -> dict[Path, str]:
-    """What tables, pictures and files of results call the models: their name on the hub, or the directory's; its path
-    where that does not tell them apart.
+    """What tables, pictures and files of results call the models: OWNER/NAME on the hub, else the end of the path as it
+    was given, links and all; as short as tells each from the others, and from those of `told_apart`.
     """
-    names = [hub_name(directory) or directory.resolve().name for directory in directories]
-    return {
-        directory: name if names.count(name) == 1 else str(directory)
-        for directory, name in zip(directories, names, strict=True)
-    }
+    names = {directory: _names(directory) for directory in (*directories, *_APART.get())}
+    shown = {}
+    for directory in directories:
+        others = {name for other in names if other != directory for name in names[other]}
+        shown[directory] = next((name for name in names[directory] if name not in others), names[directory][-1])
+    return shown
+
+
+@contextmanager
+def told_apart(directories: Sequence[Path]) -> Iterator[None]:
+    """Meanwhile `shown_names` calls each of these models the same, also where it is asked for some of them only."""
+    token = _APART.set(tuple(directories))
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+_APART: ContextVar[tuple[Path, ...]] = ContextVar("_APART", default=())
+
+
+def _names(directory: Path) -> list[str]:
+    """What a model could be called, the shortest name first."""
+    if (name := hub_name(directory)) is not None:
+        return [name, f"{name}@{directory.name[:8]}"]
+    if directory.name in ("", ".."):  # says nothing of the model
+        directory = Path(os.path.abspath(directory))
+    parts = directory.parts
+    return [str(Path(*parts[-count:])) for count in range(1, len(parts) + 1)]
 
 
 def read_text_models(directories: Iterable[Path], *, english: bool = True) -> dict[Path, Any]:

@@ -21,6 +21,7 @@ from holdfast.cli.evaluate.common import (
     refuse_lengths,
     require_positive,
     shown_names,
+    told_apart,
 )
 from holdfast.cli.evaluate.needle import OwnTaskOptions, TextOptions
 from holdfast.cli.evaluate.parts import Evaluation, Part, plan_parts
@@ -90,7 +91,6 @@ class All:
     def run(self) -> list[Table]:
         """Evaluate, and write the page; returns the table of what was done."""
         from holdfast.data.sources import is_missing
-        from holdfast.evaluation.summary import write_summary
 
         for option, source in (("data", self.data), ("squad", self.squad), *(("haystack", h) for h in self.haystack)):
             if source is not None and is_missing(source):
@@ -98,6 +98,12 @@ class All:
         directories = model_directories(self.models, "all")
         self._refuse_length(directories)
         check_folder(self.output, "--output")
+        with told_apart(directories):
+            return self._measure(directories)
+
+    def _measure(self, directories: Sequence[Path]) -> list[Table]:
+        from holdfast.evaluation.summary import write_summary
+
         measuring = _Measuring(self.output)
         planned = plan_parts(self, directories, measuring.measured)
         chosen = [part for part in planned if part.kind in (self.parts or PARTS)]
@@ -212,8 +218,8 @@ class _Measuring:
             "settings": settings | contents,
             "drawn": [path.name for path in _pictures(command)],
             "accuracy": None if accuracy is None else accuracy.read_text(encoding="utf-8"),
-            # Their names stand in tables and pictures, a folder with them where they would be the same.
-            "models": [[*each.resolve().parts[-2:], self._fingerprint(each)] for each in part.models],
+            # Their names stand in tables and pictures.
+            "models": [[name, self._fingerprint(each)] for each, name in shown_names(part.models).items()],
             "machine": [self.machine[name] for name in ("processor", "accelerator", "threads")],
         }
 
