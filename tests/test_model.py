@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast import HybridCache, HybridConfig, HybridForCausalLM
+from holdfast.cli import main
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ModelFactory = Callable[..., HybridForCausalLM]
@@ -219,6 +220,23 @@ def test_a_fresh_scorer_keeps_nearly_everything() -> None:
     model = HybridForCausalLM(HybridConfig(hidden_size=64, num_hidden_layers=2, vocab_size=50, mixer_options={
         "gated_deltanet": {"num_heads": 2, "head_dim": 16}, "learned_eviction": {"num_heads": 2}}))  # fmt: skip
     assert all((s > 0).all() for s in model(random_ids()).retention.scores)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"\xff" * len(content)])
+def test_a_damaged_file_of_weights_is_named(
+    small_model: ModelFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[bytes], bytes],
+) -> None:
+    small_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    whole, damaged, *_ = sorted((tmp_path / "model").glob("*.safetensors"))
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    with pytest.raises(OSError, match=rf"{damaged.name} cannot be read \(.+\); copy or download") as error:
+        HybridForCausalLM.from_pretrained(tmp_path / "model")
+    assert whole.name not in str(error.value)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "published"]) == 1
+    assert f"holdfast: {damaged} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tied", [True, False])

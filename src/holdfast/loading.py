@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -22,7 +24,7 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
         ignore_mismatched_sizes: False by default; True initialises weights of the wrong shape anew.
 
     Raises:
-        OSError: if there are no weights, or only pickled ones.
+        OSError: if there are no weights, or only pickled ones, or naming the file that is cut short or damaged.
         ValueError: naming the weights that are missing, left over or of the wrong shape.
     """
     strict = kwargs.pop("strict", True)
@@ -33,7 +35,11 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
         _refuse_pickles(source)
     reshape = kwargs.pop("ignore_mismatched_sizes", False)
     # transformers' own error about shapes does not name the weights, so it is asked to go on and report them.
-    model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=strict or reshape, **kwargs)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": strict or reshape}
+    try:
+        model, info = load(source, *args, **kwargs)
+    except SafetensorError as error:  # which does not name the file
+        raise OSError(f"{_damaged(source)} cannot be read ({error}); copy or download it once more.") from error
     faults = [
         f"{kind} {_names(info[key])}"
         for kind, key in FAULTS
@@ -61,6 +67,17 @@ def _name(key: Any) -> str:
         return key
     name, found, expected = key
     return f"{name} ({list(found)} instead of {list(expected)})"
+
+
+def _damaged(source: str | os.PathLike[str] | None) -> str:
+    """The first file of weights whose header and length do not agree; `source` where there is none to be found."""
+    for path in sorted(Path(source).glob("*.safetensors")) if source is not None else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return f"a file of weights in {source}"
 
 
 def _refuse_pickles(source: str | os.PathLike[str]) -> None:
