@@ -230,6 +230,19 @@ def test_the_command_runs_local_tasks(checkpoint: Path, tmp_path: Path) -> None:
         assert found["n-samples"][name]["effective"] == 4
 
 
+def test_a_task_of_the_hub_fails_at_once_where_the_hub_cannot_be_reached(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.data.hub.hub_is_reachable", lambda: False)
+    task = 'task: away\ndataset_path: some/where\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: ""\n'
+    (tmp_path / "away.yaml").write_text(task + CHOICE)
+    argv = ["evaluate", "lm-eval", str(checkpoint), "--tasks", "away", "--include_path", str(tmp_path)]
+    assert main(argv) == 1
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith("holdfast: Couldn't reach 'some/where' on the Hub")
+    assert "Retrying" not in error
+
+
 def test_the_harness_runs_saved_models_by_its_own_command(checkpoint: Path, tmp_path: Path) -> None:
     """In a process that does not import holdfast, with the model `hf` and the same results."""
     arguments = f"--model hf --model_args pretrained={checkpoint},trust_remote_code=True,dtype=float32".split()

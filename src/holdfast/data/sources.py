@@ -1,6 +1,7 @@
 """Where text comes from: local files or the Hugging Face hub, row by row, in parts, from any row on."""
 
 import collections
+import contextlib
 import copy
 import itertools
 import json
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from holdfast.data.hub import fail_fast_offline
 from holdfast.data.readers import ENDINGS, BadRow, no_column, reader_of
 from holdfast.data.splits import files_of_split
 
@@ -203,11 +205,13 @@ class HubText:
         self.name = path
         self.column = column
         self._what = f"{path} (split {split})"
+        local = Path(path).exists()
         try:
-            dataset = load_dataset(path, name=config, split=split, streaming=True)
-            columns = dataset.column_names or list(next(iter(dataset), {}))
+            with contextlib.nullcontext() if local else fail_fast_offline():
+                dataset = load_dataset(path, name=config, split=split, streaming=True)
+                columns = dataset.column_names or list(next(iter(dataset), {}))
         except Exception as error:  # of the network, the hub, the file format
-            nothing = "" if Path(path).exists() else f"nothing lies at the path {path}, and as a data set of the hub "
+            nothing = "" if local else f"nothing lies at the path {path}, and as a data set of the hub "
             raise ValueError(f"{nothing}cannot read {self._what}: {error}") from error
         if column not in columns:
             raise ValueError(f"cannot read {self._what}: {no_column(column, columns)}")

@@ -23,6 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
+from holdfast.data.hub import fail_fast_offline
 from holdfast.evaluation.limits import check_prompts, check_tokenizer
 from holdfast.modeling import HybridForCausalLM
 
@@ -124,6 +125,8 @@ def run_harness(model: str, arguments: Sequence[str]) -> None:
     sys.argv = ["lm-eval", "run", "--model", "holdfast", "--model_args", f"pretrained={model}", *arguments]
     try:
         harness = HarnessCLI()
-        harness.execute(harness.parse_args())
+        options = harness.parse_args()
+        with fail_fast_offline():
+            harness.execute(options)
     finally:
         sys.argv = before

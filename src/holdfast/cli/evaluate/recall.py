@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, one_line
 from holdfast.cli.evaluate.common import (
     model_directories,
     open_log,
@@ -20,7 +20,6 @@ from holdfast.cli.evaluate.common import (
     require_positive,
     show_share,
     shown_names,
-    usage_errors,
     write_results,
 )
 
@@ -62,16 +61,12 @@ class Recall:
 
     def run(self) -> list[Table]:
         """Evaluate, and show a table; returns it."""
-        from holdfast.data.recall import load_recall
         from holdfast.evaluation.recall import evaluate_recall
 
         directories = model_directories(self.models, "recall")
         if self.data is not None and len(self.tasks) != 1:
             raise UsageError("--data holds one task; say which with --tasks.")
-        with usage_errors():
-            samples: dict[str, list[RecallSample]] = {
-                task: load_recall(task, self.data, limit=self.limit, seed=self.seed) for task in self.tasks
-            }
+        samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self.tasks}
         tokenizers = read_text_models(directories)
         samples = self._that_fit(samples, tokenizers)
         names = shown_names(directories)
@@ -95,6 +90,15 @@ class Recall:
         if self.json is not None:
             self._write(self.json, results)
         return [table]
+
+    def _load(self, task: str) -> list[RecallSample]:
+        from holdfast.data.recall import load_recall
+
+        try:
+            return load_recall(task, self.data, limit=self.limit, seed=self.seed)
+        except (ValueError, FileNotFoundError) as error:
+            advice = f"; or give a file of the task: --tasks {task} --data FILE" if self.data is None else ""
+            raise UsageError(f"{one_line(error)}{advice}") from error
 
     def _that_fit(
         self, samples: Mapping[str, list[RecallSample]], tokenizers: Mapping[Path, Any]
