@@ -64,6 +64,18 @@ def checkpoint(small_model: Callable[..., HybridForCausalLM], tmp_path: Path) ->
     return folder
 
 
+def test_a_model_that_chooses_nothing_is_refused_before_its_weights_are_read(
+    small_model: Callable[..., HybridForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model("gated_deltanet", "full_attention").config.save_pretrained(tmp_path / "m")
+    assert main(["inspect", str(tmp_path / "m"), "Hello"]) == 2
+    error = capsys.readouterr().err
+    assert "neither evicts nor selects, its layers are full_attention and gated_deltanet; give" in error
+    assert error.count("\n") == 1
+    assert main(["inspect", "--help"]) == 0
+    assert "it is refused, exit status 2" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_escapes_what_the_prompt_contains(checkpoint: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert main(["inspect", str(checkpoint), HOSTILE, "--output", str(page)]) == 0

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Write a page that shows what a model holds at every step of a text: tokens coloured by retention score, per layer and
 head; what is in the window, what in the store, what was dropped and when; for laNSA the blocks that are read. The page
-opens in any browser, without network.
+opens in any browser, without network. A model without layers of learned eviction or native sparse attention, such as
+pure Gated DeltaNet, chooses nothing that could be shown: it is refused, exit status 2.
 
 examples:
   holdfast inspect runs/books-lalte "It was the best of times, it was the worst of times"
@@ -69,6 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     """Parse, read and write the page."""
     settings = parse(Inspect, arguments or ["--help"], prog="holdfast inspect", description=DESCRIPTION)
     directory = model_directory(settings.model)
+    _refuse_without_choice(directory)
 
     from holdfast.evaluation.inspection import inspect_sequence, write_inspection
 
@@ -76,6 +78,18 @@ def run(arguments: Sequence[str]) -> None:
     layers = inspect_sequence(read_model(directory, settings.dtype), ids)
     page = write_inspection(layers, tokens, settings.output, title=f"{directory}: {len(tokens):,} tokens")
     output_console().print(f"Open {page} in a browser.", soft_wrap=True)
+
+
+def _refuse_without_choice(directory: Path) -> None:
+    """Refuse before its weights are read a model of which every page would be empty."""
+    from holdfast.configuration import HybridConfig
+
+    mixers = HybridConfig.from_pretrained(directory).mixers or ()
+    if not {"learned_eviction", "native_sparse_attention"} & set(mixers):
+        raise UsageError(
+            f"{directory} neither evicts nor selects, its layers are {' and '.join(sorted(set(mixers)))}; give a model "
+            f"with learned_eviction or native_sparse_attention. `holdfast info {directory}` shows what its cache holds."
+        )
 
 
 def _needle(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
