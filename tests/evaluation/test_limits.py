@@ -11,7 +11,7 @@ from tokenizers.normalizers import Replace
 from holdfast.cli import main
 from holdfast.data.recall import RecallSample
 from holdfast.data.text import byte_tokenizer
-from holdfast.evaluation.limits import check_prompts, check_tokenizer
+from holdfast.evaluation.limits import check_prompts, check_tokenizer, check_tokens
 from holdfast.evaluation.recall import evaluate_recall
 from passes import ModelFactory
 
@@ -23,6 +23,28 @@ def test_a_token_before_every_text_is_welcome_and_one_behind_it_is_not() -> None
         with pytest.raises(ValueError, match=r"tokenizer of runs/x puts '<\|eos\|>' behind every text"):
             check_tokenizer(tokenizer_with(template), config(), name="runs/x")
         check_tokenizer(tokenizer_with(template), config(), english=False)  # no prompt is asked
+
+
+def test_only_a_token_that_the_model_does_not_know_is_refused() -> None:
+    known = config().vocab_size
+    check_tokens([0, known - 1], byte_tokenizer(), config())
+    check_tokens([], byte_tokenizer(), config())
+    with pytest.raises(ValueError, match=rf"is token {known} of the tokenizer, and runs/x knows tokens up to "):
+        check_tokens([0, known, known + 1], byte_tokenizer(), config(), name="runs/x")
+
+
+def test_generate_reads_what_the_model_knows_and_refuses_what_it_does_not(
+    small_model: ModelFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_model(vocab_size=200).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "plain", "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path), "plain<|eos|>", "--max-new-tokens", "1"]) == 2
+    told = capsys.readouterr()
+    assert "'<|eos|>' is token 258 of the tokenizer" in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
 
 
 def test_no_prompt_is_asked_with_a_token_behind_it() -> None:

@@ -114,16 +114,20 @@ def _continue_text(settings: Generate, directory: Path) -> None:
     from transformers import TextStreamer
 
     from holdfast.cache import HybridCache
+    from holdfast.configuration import HybridConfig
     from holdfast.data.text import load_tokenizer
-    from holdfast.evaluation.limits import check_prompts
+    from holdfast.evaluation.limits import check_prompts, check_tokens
 
     tokenizer = load_tokenizer(directory)
     with usage_errors():
         check_prompts(tokenizer, name=str(directory))
+        inputs = tokenizer(prompt, return_tensors="pt")
+        if not inputs["input_ids"].numel():
+            raise UsageError("The prompt is empty; give at least one character.")
+        config = HybridConfig.from_pretrained(directory)
+        check_tokens(inputs["input_ids"][0].tolist(), tokenizer, config, name=str(directory))
     model = read_model(directory, settings.dtype)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
-        raise UsageError("The prompt is empty; give at least one character.")
+    inputs = inputs.to(model.device)
     cache = HybridCache(model.config)
     started = time.perf_counter()
     output = model.generate(

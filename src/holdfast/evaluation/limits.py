@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["check_length", "check_prompts", "check_tokenizer"]
+__all__ = ["check_length", "check_prompts", "check_tokenizer", "check_tokens"]
 
 
 def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = "the model") -> None:
@@ -50,6 +51,27 @@ def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: 
     if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
         raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")
     check_prompts(tokenizer, name=name)
+
+
+def check_tokens(ids: Sequence[int], tokenizer: Any, config: Any, *, name: str = "the model") -> None:
+    """Refuse a text with a token that the model has no embedding for. A tokenizer with more tokens than the model is
+    no harm to texts that have none of them.
+
+    Args:
+        ids: of the text.
+        tokenizer: that made them.
+        config: of the model.
+        name: of the model, for the error.
+
+    Raises:
+        ValueError: naming the first such token.
+    """
+    unknown = next((token for token in ids if token >= config.vocab_size), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{tokenizer.decode([unknown])!r} is token {unknown:,} of the tokenizer, and {name} knows tokens up to "
+            f"{config.vocab_size - 1:,}; give the model its own tokenizer."
+        )
 
 
 def check_prompts(tokenizer: Any, *, name: str = "the model") -> None:
