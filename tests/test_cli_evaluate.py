@@ -142,6 +142,17 @@ def test_recall_draws_by_the_seed(models: Path, squad: Path, tmp_path: Path) -> 
     assert first["models"]["text"]["squad"]["contains"]["effective"] < 3  # questions of one passage
 
 
+def test_recall_says_what_to_give_where_the_hub_cannot_be_reached(
+    models: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.data.hub.hub_is_reachable", lambda: False)
+    assert main(["evaluate", "recall", str(models / "text"), "--tasks", "fda"]) == 2
+    error = capfd.readouterr().err
+    assert "Couldn't reach 'hazyresearch/based-fda'" in error
+    assert error.endswith("; or give a file of the task: --tasks fda --data FILE\n")
+    assert error.count("\n") == 1
+
+
 def test_prompts_that_are_too_long_can_be_left_out(
     models: Path, squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,9 +228,34 @@ def test_by_default_conversations_have_as_many_turns_as_fit(
         assert "not even two turns with a fact each fit into the 512 tokens" in refused(capsys, *argv)
         return
     assert main(["evaluate", *argv]) == 0
-    script = json.loads(file.read_text())["models"]["m"]["script"]
+    written = json.loads(file.read_text())
+    script = written["models"]["m"]["script"]
+    turns, facts, questions = found
+    assert written["settings"]["lowered_from"] == {"turns": 8, "facts": 4, "questions": 2}
+    assert (
+        f"8 turns of 4 facts and 2 questions do not fit these models, trained on {told:,} tokens: "
+        f"{turns} turns of {facts} facts and {questions} questions instead.\n"
+    ) in capsys.readouterr().err
     assert (script["turns"], script["facts"], script["questions"]) == found
     assert script["turn_length"] == (told - 1) // found[0]
+
+
+def test_turns_that_fit_are_not_lowered(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["evaluate", "turns", str(models / "tokens"), "--conversations", "1", "--json", str(tmp_path / "r.json")]
+    for options in ([], ["--turns", "2", "--facts", "1", "--questions", "1"]):
+        assert main([*argv, *options]) == 0
+        assert json.loads((tmp_path / "r.json").read_text())["settings"]["lowered_from"] is None
+    assert "do not fit" not in capsys.readouterr().err
+
+
+def test_needles_lie_by_default_in_what_every_model_was_trained_on(
+    models: Path, small_model: Callable[..., HybridForCausalLM], tmp_path: Path
+) -> None:
+    small_model(vocab_size=259, max_position_embeddings=700).save_pretrained(tmp_path / "short")
+    byte_tokenizer().save_pretrained(tmp_path / "short")
+    argv = ["needle", str(models / "text"), str(tmp_path / "short"), "--depths", "0", "--samples", "1"]
+    assert main(["evaluate", *argv, "--new-tokens", "8", "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["settings"]["lengths"] == [700]
 
 
 def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

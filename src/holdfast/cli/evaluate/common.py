@@ -111,6 +111,13 @@ def reads_text(directory: Path) -> bool:
     return (directory / "tokenizer.json").is_file()
 
 
+def trained_length(directory: Path) -> int:
+    """Tokens that the model in `directory` was trained on at a time."""
+    from holdfast.configuration import HybridConfig
+
+    return HybridConfig.from_pretrained(directory).max_position_embeddings
+
+
 def refuse_lengths(directories: Iterable[Path], tokens: int, beyond: bool) -> None:
     """Refuse contexts of `tokens` tokens for models that were not told of so many, unless `beyond`.
 

@@ -23,6 +23,7 @@ from holdfast.cli.evaluate.common import (
     require_positive,
     show_share,
     shown_names,
+    trained_length,
     usage_errors,
     write_results,
 )
@@ -72,7 +73,9 @@ class Needle:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), all of one kind."""
     length: tuple[int, ...] = ()
-    """Tokens per sample; several for text (default: 4096), one for the needle task (default: the recipe's)."""
+    """Tokens per sample. For text one or several; default: the length that every model was trained on. RULER's own are
+    `--length 4096 8192 16384 32768 65536 131072`, with --beyond where that is more. For the needle task one; default:
+    the recipe's."""
     samples: int | None = None
     """Samples to draw, for text at each length and depth (default: 10), for the needle task in all (default: 512)."""
     batch_size: int | None = None
@@ -114,7 +117,7 @@ class Needle:
         with usage_errors():
             settings = RulerSettings(
                 tasks=tuple(RULER_TASKS) if self.text.tasks == ("all",) else self.text.tasks,
-                lengths=self.length or (4096,),
+                lengths=self.length or (min(map(trained_length, directories)),),
                 depths=self.text.depths,
                 samples=10 if self.samples is None else self.samples,
                 new_tokens=self.text.new_tokens,

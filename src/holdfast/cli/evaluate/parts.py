@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 
-from holdfast.cli.evaluate.common import reads_text, shown_names
+from holdfast.cli.evaluate.common import reads_text, shown_names, trained_length
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle, TextOptions
 from holdfast.cli.evaluate.perplexity import Perplexity
 from holdfast.cli.evaluate.recall import Recall
 from holdfast.cli.evaluate.scorers import Scorers
-from holdfast.cli.evaluate.turns import Turns, trained_length, turns_that_fit
+from holdfast.cli.evaluate.turns import Turns, turns_that_fit
 
 if TYPE_CHECKING:
     from holdfast.cli.evaluate.suite import All
@@ -106,13 +106,17 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
         if group:
 
             def make(group: tuple[Path, ...] = group, name: str = name) -> Turns:
+                from holdfast.data.turns import TurnPlan
+
                 told = min(map(trained_length, group)) - 1
                 plan = turns_that_fit(chosen.turns, group, told)
+                wanted = (chosen.turns, TurnPlan.facts, TurnPlan.questions)
                 return Turns(
                     _names(group),
                     turns=plan.turns,
                     facts=plan.facts,
                     questions=plan.questions,
+                    lowered_from=None if wanted == (plan.turns, plan.facts, plan.questions) else wanted,
                     turn_length=told // plan.turns,
                     conversations=max(1, chosen.samples // 8),
                     haystack=chosen.haystack if group == text else (),

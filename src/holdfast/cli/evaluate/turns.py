@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import format_bytes, output_console, read_model, read_task
+from holdfast.cli.common import error_console, format_bytes, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     check_picture,
@@ -23,6 +23,7 @@ from holdfast.cli.evaluate.common import (
     require_positive,
     show_share,
     shown_names,
+    trained_length,
     usage_errors,
     write_results,
 )
@@ -69,6 +70,8 @@ class Turns:
     """Of what is told and asked."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights, and of what is computed with them."""
+    lowered_from: tyro.conf.Suppress[tuple[int, int, int] | None] = None
+    """Turns, facts and questions that did not fit, where the caller has lowered them already."""
     json: Path | None = None
     """Write all numbers to this file (NAME.json), and every answer beside it to NAME.samples.jsonl, where a run that
     was interrupted goes on."""
@@ -85,11 +88,15 @@ class Turns:
 
         directories = model_directories(self.models, "turns")
         told = min(map(trained_length, directories)) - 1
-        plan = self._plan(directories, told)
+        plan, lowered_from = self._plan(directories, told)
         turn_length = self.turn_length or told // plan.turns
         scripts = self._scripts(directories, plan, turn_length)
         for directory, script in scripts.items():
             refuse_lengths([directory], script.length, self.beyond)
+        if lowered_from is not None:
+            told_of = f"these models, trained on {told + 1:,} tokens"
+            remark = f"{_spelt(lowered_from)} do not fit {told_of}: {_spelt(plan)} instead."
+            error_console().print(remark, soft_wrap=True)
         names = shown_names(directories)
         settings = {"seed": self.seed, "dtype": self.dtype}
         results = {
@@ -110,19 +117,25 @@ class Turns:
                 names[directory]: {"script": script.to_dict(), **results[names[directory]].to_dict()}
                 for directory, script in scripts.items()
             }
-            write_results(self.json, "turns", settings, models)
+            lowered = None if lowered_from is None else dataclasses.asdict(lowered_from)
+            write_results(self.json, "turns", {**settings, "lowered_from": lowered}, models)
         if self.plot is not None:
             plot_turns(results, self.plot)
         return [table]
 
-    def _plan(self, directories: list[Path], told: int) -> TurnPlan:
-        """What was asked for; where that was nothing, as much as fits."""
+    def _plan(self, directories: list[Path], told: int) -> tuple[TurnPlan, TurnPlan | None]:
+        """What was asked for; where that was nothing, as much as fits. And what it was lowered from, if it was."""
         from holdfast.data.turns import TurnPlan
 
-        if self.turns is self.facts is self.questions is None:
-            return turns_that_fit(TURNS, directories, told, self.turn_length, beyond=self.beyond)
         with usage_errors():
-            return TurnPlan(turns=self.turns or TURNS, facts=self.facts or 4, questions=self.questions or 2)
+            wanted = TurnPlan(turns=self.turns or TURNS, facts=self.facts or 4, questions=self.questions or 2)
+        if self.turns is self.facts is self.questions is None:
+            plan = turns_that_fit(TURNS, directories, told, self.turn_length, beyond=self.beyond)
+            return plan, None if plan == wanted else wanted
+        if self.lowered_from is None:
+            return wanted, None
+        turns, facts, questions = self.lowered_from
+        return wanted, TurnPlan(turns=turns, facts=facts, questions=questions)
 
     def _scripts(self, directories: list[Path], plan: TurnPlan, turn_length: int) -> dict[Path, TurnScript]:
         from holdfast.data.turns import NeedleTurns, TextTurns
@@ -141,6 +154,10 @@ class Turns:
                     else NeedleTurns(plan, read_task(directory), turn_length, asides=self.asides)
                 )
         return scripts
+
+
+def _spelt(plan: TurnPlan) -> str:
+    return f"{plan.turns} turns of {plan.facts} facts and {plan.questions} questions"
 
 
 def turns_that_fit(
@@ -179,13 +196,6 @@ def turns_that_fit(
             f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models{where}."
         )
     return plan
-
-
-def trained_length(directory: Path) -> int:
-    """Tokens that the model in `directory` was trained on at a time."""
-    from holdfast.configuration import HybridConfig
-
-    return HybridConfig.from_pretrained(directory).max_position_embeddings
 
 
 def _show(results: Mapping[str, TurnsResult]) -> Table:
