@@ -141,6 +141,7 @@ def test_efficiency_of_untrained_models(tmp_path: Path) -> None:
         (["all", "nowhere"], "There is no model directory nowhere"),
         (["all", "nowhere", "--samples", "0"], "--samples is 0"),
         (["all", ".", "--data", "book.parquet"], "--data is book.parquet, which does not exist"),
+        (["all", ".", "--data", "pyproject.toml"], "pyproject.toml is of an unknown type"),
         (["all", ".", "--squad", "./dev.json"], "--squad is ./dev.json, which"),
         (["all", ".", "--haystack", "essays/"], "--haystack is essays/, which"),
         (["all", "nowhere", "--parts", "nonsense"], "nonsense"),
@@ -201,7 +202,17 @@ def test_everything_on_one_page(
     quick(monkeypatch)
     page = run_all(models, "--data", str(models / "text.txt"))
     assert page.count('src="picture"') == 6  # needle, turns, two of scorers, costs, pareto
-    assert not re.search(r'src="(?!picture")|href=|https?://|<script', page)
+    assert not re.search(r'src="(?!picture")|href="(?!#part-\d+")|https?://|<script', page)
+    assert set(re.findall(r'href="#(.*?)"', page)) == set(re.findall(r'<h2 id="(.*?)"', page))
+    head = page.partition("</table>")[0]
+    captions = re.findall(r"<caption>(.*?)</caption>", page)
+    assert captions[0] == "overview (95 % intervals where there are any)"
+    rows = [re.sub(r"<.*?>", "", row) for row in re.findall(r"<tr><td>(.*?)</td>", head)]
+    at = "at 24 tokens"
+    costs = [f"cache {at}", f"generated tokens/s {at}", f"read tokens/s {at}"]
+    tasks = ["needle task, beyond the window", "8 turns, needle task"]
+    assert rows == [*tasks, "perplexity, blocks of 300 tokens", *costs]
+    assert "generated tokens/s" in capsys.readouterr().out
     assert "<b>" not in page
     assert "&lt;b&gt;tokens&amp;" in page
     assert str(models) not in re.sub(r"<td>.*?</td>|<th>.*?</th>", "", page)
@@ -304,7 +315,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
 def test_models_of_one_name_and_two_kinds_have_no_picture_of_both(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among models of the needle task the one is `lalte`, among all it is its path."""
+    """And the same names in every part, though among models of the needle task `lalte` alone would do."""
     quick(monkeypatch)
     shutil.copytree(models / "text", models / "other" / "lalte")
     both = [str(models / "lalte"), str(models / "other" / "lalte")]
@@ -313,6 +324,9 @@ def test_models_of_one_name_and_two_kinds_have_no_picture_of_both(
     page = (models / "out" / "index.html").read_text(encoding="utf-8")
     assert "prefill tok/s" in page
     assert not (models / "out" / "pareto.png").exists()
+    names = [f"{models.name}/lalte", "other/lalte"]
+    for part, shown in (("needle-task", names[:1]), ("efficiency", names)):
+        assert list(json.loads((models / "out" / f"{part}.json").read_text())["models"]) == shown
 
 
 def test_costs_that_are_all_missing_are_a_table(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +382,9 @@ def test_conversations_have_as_many_turns_as_fit(
     page = (models / "out" / "index.html").read_text(encoding="utf-8")
     assert plan in page
     assert f"turn_length {(length - 1) // 2}" in page
+    assert "lowered_from 8 4 2" in page
+    written = json.loads((models / "out" / "turns-text.json").read_text())
+    assert written["settings"]["lowered_from"] == {"turns": 8, "facts": 4, "questions": 2}
 
 
 def test_recall_asks_questions_that_the_seed_draws(models: Path) -> None:

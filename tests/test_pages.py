@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.pages import details_element, heading, note, paragraph, picture_element, table_element, write_page
+from holdfast.pages import Link, details_element, heading, note, paragraph, picture_element, table_element, write_page
 from holdfast.pictures import new_figure, picture
 
 EVIL = '<script>alert("x")</script>&{{body}}'
@@ -22,6 +22,12 @@ def test_all_text_is_escaped_and_no_text_is_a_placeholder(tmp_path: Path) -> Non
     assert page.count("{{body}}") == page.count("&lt;script&gt;")
     assert "default-src 'none'" in page
     assert not re.search(r"https?://", page)
+
+
+def test_links_lead_to_headings() -> None:
+    assert heading("A", 'a"b') == '<h2 id="a&quot;b">A</h2>'
+    table = table_element(["", "m"], [[Link("<A>", 'a"b'), "1"]])
+    assert '<td><a href="#a&quot;b">&lt;A&gt;</a></td><td>1</td>' in table
 
 
 @pytest.mark.parametrize("from_file", [False, True])

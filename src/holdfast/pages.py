@@ -6,6 +6,7 @@ import html
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from holdfast.files import write_text
 from holdfast.pictures import data_uri
 
 __all__ = [
+    "Link",
     "details_element",
     "fill_template",
     "heading",
@@ -24,6 +26,17 @@ __all__ = [
     "table_element",
     "write_page",
 ]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text of a table's cell that leads to the heading with this anchor."""
+
+    text: str
+    anchor: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def write_page(path: str | os.PathLike[str], title: str, parts: Sequence[str]) -> Path:
@@ -47,9 +60,10 @@ def fill_template(package: str, name: str, values: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
 
 
-def heading(text: str) -> str:
-    """A heading below that of the page."""
-    return f"<h2>{html.escape(text)}</h2>"
+def heading(text: str, anchor: str | None = None) -> str:
+    """A heading below that of the page; links lead to its anchor."""
+    mark = "" if anchor is None else f' id="{html.escape(anchor)}"'
+    return f"<h2{mark}>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
@@ -62,11 +76,15 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def table_element(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+def table_element(headings: Sequence[str], rows: Sequence[Sequence[str | Link]], caption: str = "") -> str:
     """A table; one that is wider than the page scrolls."""
 
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def shown(cell: str | Link) -> str:
+        text = html.escape(str(cell))
+        return f'<a href="#{html.escape(cell.anchor)}">{text}</a>' if isinstance(cell, Link) else text
+
+    def row(cells: Sequence[str | Link], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{shown(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
     title = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""

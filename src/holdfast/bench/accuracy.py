@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.evaluation.intervals import Share
+from holdfast.evaluation.intervals import Share, pooled
 
 __all__ = ["Accuracy", "read_accuracies"]
 
@@ -52,14 +52,7 @@ def _accuracies(entry: Mapping[str, Any]) -> list[Accuracy]:
         by_length: dict[int, list[Share]] = {}
         for cell in entry["cells"]:
             by_length.setdefault(cell["length"], []).append(Share.from_dict(cell["match_all"]))
-        return [Accuracy(length, _sum(shares), "RULER's needles") for length, shares in by_length.items()]
+        return [Accuracy(length, pooled(shares), "RULER's needles") for length, shares in by_length.items()]
     needle = entry.get("needle", entry)
     share = Share.from_dict(needle["beyond"])
     return [Accuracy(needle["task"]["length"], share, "beyond the window")] if share.count else []
-
-
-def _sum(shares: list[Share]) -> Share:
-    effective = None
-    if any(share.effective is not None for share in shares):
-        effective = sum(share.count if share.effective is None else share.effective for share in shares)
-    return Share(sum(share.count for share in shares), sum(share.correct for share in shares), effective=effective)

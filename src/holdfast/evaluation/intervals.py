@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["Share", "draw_shares", "effective_count", "wilson_interval"]
+__all__ = ["Share", "draw_shares", "effective_count", "pooled", "wilson_interval"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Share:
     def from_dict(cls, data: Mapping[str, Any]) -> Share:
         """Inverse of `to_dict`; of what was written before there were effective numbers too."""
         return cls(count=data["count"], correct=data["correct"], effective=data.get("effective"))
+
+
+def pooled(shares: Sequence[Share]) -> Share:
+    """All answers of several shares together, of different samples each."""
+    effective = None
+    if any(share.effective is not None for share in shares):
+        effective = sum(share.count if share.effective is None else share.effective for share in shares)
+    return Share(sum(share.count for share in shares), sum(share.correct for share in shares), effective=effective)
 
 
 def draw_shares(axes: Any, x: Sequence[float], shares: Sequence[Share], label: str) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from holdfast.evaluation.intervals import Share
 from holdfast.pages import (
+    Link,
     details_element,
     heading,
     note,
@@ -24,16 +25,16 @@ from holdfast.pages import (
     write_page,
 )
 
-__all__ = ["PartResult", "ShownTable", "write_summary"]
+__all__ = ["PartResult", "ShownTable", "section", "write_summary"]
 
 
 @dataclass(frozen=True)
 class ShownTable:
-    """A table as it was shown, as plain text."""
+    """A table as it was shown, as plain text, or with links to sections of the page."""
 
     title: str
     headings: list[str]
-    rows: list[list[str]]
+    rows: Sequence[Sequence[str | Link]]
 
     @classmethod
     def of(cls, table: Table) -> ShownTable:
@@ -84,17 +85,19 @@ def write_summary(
     *,
     title: str,
     machine: Mapping[str, Any],
+    overview: Sequence[ShownTable] = (),
 ) -> Path:
     """Write one HTML page that needs neither network nor server.
 
-    It shows tables and pictures of all parts, the numbers of heat maps as tables, what was not done and why, and what
-    belongs to the numbers: settings, seeds, machine, versions and commit.
+    It shows the overview, tables and pictures of all parts, the numbers of heat maps as tables, what was not done and
+    why, and what belongs to the numbers: settings, seeds, machine, versions and commit.
 
     Args:
         parts: in the order of the page.
         path: file to write, replaced only when the page is complete; the files of the parts lie beside it.
         title: heading of the page.
         machine: `describe_machine()`, of now.
+        overview: tables before all others, with links to the `section` of each part.
 
     Returns:
         The path written.
@@ -106,9 +109,12 @@ def write_summary(
     if not parts:
         raise ValueError("there is nothing to report on; give at least one part.")
     done = [part for part in parts if part.skipped is None]
-    elements = [_overview(parts)]
-    for part in done:
-        elements.append(heading(part.title))
+    elements = [table_element(table.headings, table.rows, table.title) for table in overview]
+    elements.append(_what_was_done(parts))
+    for place, part in enumerate(parts):
+        if part.skipped is not None:
+            continue
+        elements.append(heading(part.title, section(place)))
         elements += [table_element(table.headings, table.rows, table.title) for table in part.tables]
         numbers = _numbers(Path(path).parent, part)
         description = f"{part.title}: heat map; the table that follows has its numbers" if numbers else part.title
@@ -118,6 +124,11 @@ def write_summary(
         elements.append(note("Settings: " + _listed(part.settings)))
     elements += [heading("Where this was measured"), _machines(done, machine)]
     return write_page(path, title, elements)
+
+
+def section(place: int) -> str:
+    """The anchor of the part at a place among all parts, from 0."""
+    return f"part-{place + 1}"
 
 
 def _numbers(folder: Path, part: PartResult) -> list[str]:
@@ -153,14 +164,15 @@ def _shown(share: Share) -> str:
     return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%}; {share.correct:g} of {share.count})"
 
 
-def _overview(parts: Sequence[PartResult]) -> str:
+def _what_was_done(parts: Sequence[PartResult]) -> str:
     """One row per part."""
-    rows = []
-    for part in parts:
+    rows: list[list[str | Link]] = []
+    for place, part in enumerate(parts):
         if part.skipped is None:
             seed = part.settings.get("seed")
             commit = (part.machine.get("commit") or "unknown")[:10]
-            rows.append([part.title, f"{part.seconds:,.1f} s", "–" if seed is None else str(seed), commit])
+            title = Link(part.title, section(place))
+            rows.append([title, f"{part.seconds:,.1f} s", "–" if seed is None else str(seed), commit])
         else:
             rows.append([part.title, f"not measured: {part.skipped}", "–", "–"])
     return table_element(["evaluation", "measured in", "seed", "commit"], rows)

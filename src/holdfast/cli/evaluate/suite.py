@@ -22,12 +22,14 @@ from holdfast.cli.evaluate.common import (
     require_positive,
     shown_names,
     told_apart,
+    usage_errors,
 )
 from holdfast.cli.evaluate.needle import OwnTaskOptions, TextOptions
+from holdfast.cli.evaluate.overview import overview_tables
 from holdfast.cli.evaluate.parts import Evaluation, Part, plan_parts
 
 if TYPE_CHECKING:
-    from holdfast.evaluation.summary import PartResult
+    from holdfast.evaluation.summary import PartResult, ShownTable
 
 PartName = Literal["needle", "turns", "perplexity", "recall", "scorers", "efficiency"]
 PARTS: tuple[PartName, ...] = ("needle", "turns", "perplexity", "recall", "scorers", "efficiency")
@@ -39,8 +41,9 @@ TEXTS = ("data", "haystack")
 
 @dataclass(frozen=True)
 class All:
-    """Every evaluation that fits the models, and one page with every table and picture, machine, versions, seeds and
-    commit. What does not fit is left out, and the page says why.
+    """Every evaluation that fits the models, and one page: an overview with one number of each evaluation for each
+    model, then every table and picture, machine, versions, seeds and commit. What does not fit is left out, and the
+    page says why.
 
     Each evaluation leaves its numbers in the output directory. A run that was interrupted goes on there, and what was
     measured of the same models and texts with the same settings is not measured again. An evaluation that fails is
@@ -89,12 +92,16 @@ class All:
             raise UsageError(f"--limit is {self.limit:g}; give more than 0 seconds.")
 
     def run(self) -> list[Table]:
-        """Evaluate, and write the page; returns the table of what was done."""
+        """Evaluate, and write the page; returns the tables of what was done and of one number each."""
         from holdfast.data.sources import is_missing
+        from holdfast.data.text import is_prepared, load_text
 
         for option, source in (("data", self.data), ("squad", self.squad), *(("haystack", h) for h in self.haystack)):
             if source is not None and is_missing(source):
                 raise UsageError(f"--{option} is {source}, which does not exist.")
+        if self.data is not None and Path(self.data).exists() and not is_prepared(self.data):
+            with usage_errors():
+                load_text(self.data, split=self.split)  # before hours of other parts
         directories = model_directories(self.models, "all")
         self._refuse_length(directories)
         check_folder(self.output, "--output")
@@ -113,18 +120,23 @@ class All:
         for number, part in enumerate(chosen, start=1):
             error_console().rule(f"{part.title} ({number} of {len(chosen)})", align="left")
             results.append(measuring.result(part))
-        title = "Evaluation of " + ", ".join(shown_names(directories).values())
-        page = write_summary(results, self.output / "index.html", title=title, machine=measuring.machine)
+        names = list(shown_names(directories).values())
+        overview = overview_tables(results, self.output, names)
+        title = f"Evaluation of {', '.join(names)}"
+        page = write_summary(
+            results, self.output / "index.html", title=title, machine=measuring.machine, overview=overview
+        )
         table = Table(title="evaluations", title_justify="left")
         for column in ("evaluation", "measured in"):
             table.add_column(column)
         for result in results:
             seconds = f"{result.seconds:,.1f} s"
             table.add_row(result.title, seconds if result.skipped is None else f"not measured: {result.skipped}")
-        output_console().print(table)
+        tables = [table, *map(_as_shown, overview)]
+        output_console().print(*tables)
         output_console().print(f"Open {page} in a browser.", soft_wrap=True)
         self._complain(chosen, results, measuring.failed)
-        return [table]
+        return tables
 
     def _refuse_length(self, directories: Sequence[Path]) -> None:
         """Refuse at once a length that no sample of RULER could have.
@@ -234,6 +246,16 @@ class _Measuring:
             found = model_fingerprint(source) if isinstance(source, Path) else text_fingerprint(source)
             self._fingerprints[source] = found
         return self._fingerprints[source]
+
+
+def _as_shown(shown: ShownTable) -> Table:
+    """A table of the page for the terminal."""
+    table = Table(title=shown.title, title_justify="left")
+    for column, name in enumerate(shown.headings):
+        table.add_column(name, justify="right" if column else "left", overflow="fold")
+    for row in shown.rows:
+        table.add_row(*map(str, row))
+    return table
 
 
 def _skipped(part: Part, reason: str) -> PartResult:
