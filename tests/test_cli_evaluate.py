@@ -334,6 +334,21 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         assert message in refused(capsys, *command)
 
 
+def test_a_model_that_an_option_has_taken_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(models / "text")
+    for options in (["needle", "--length", "600"], ["all", "--parts", "needle"]):
+        assert f"; if {text} is a model, models come before the options, or after --, " in refused(
+            capsys, *options, text
+        )
+    assert "is a model" not in refused(capsys, "needle", text, "--length", "many")
+    assert "models come before the options, or after --" in refused(capsys, "needle", "--tasks", "all", text)
+
+
+def test_an_evaluation_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    names = "needle, recall, turns, perplexity, scorers, efficiency, lm-eval, all."
+    assert f"There is no evaluation 'nedle'; the evaluations are {names}\n" in refused(capsys, "nedle", "runs/x")
+
+
 def test_another_file_is_not_taken_for_a_log(models: Path, squad: Path, tmp_path: Path) -> None:
     (tmp_path / "r.samples.jsonl").write_text('{"text": "precious"}\n')
     argv = ["evaluate", *commands(models, squad)["recall"], "--json", str(tmp_path / "r.json")]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from holdfast.cli.common import model_directory
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_command
+from holdfast.cli.evaluate.common import MODELS_FIRST, check_command
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity
@@ -65,15 +66,33 @@ EVALUATIONS = (
     | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
     | Annotated[All, tyro.conf.subcommand("all")]
 )
+NAMES = [get_args(kind)[1].name for kind in get_args(EVALUATIONS)]
 
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one of the evaluations."""
     if arguments and arguments[0] == "lm-eval":  # whose options are not known here
         return _lm_eval(arguments[1:])
-    command = parse(EVALUATIONS, arguments or ["--help"], prog="holdfast evaluate", description=DESCRIPTION)
+    command = _parsed(arguments or ["--help"])
     check_command(command)
     command.run()
+
+
+def _parsed(arguments: Sequence[str]) -> Any:
+    """The evaluation that is asked for.
+
+    Raises:
+        UsageError: if there is none of this name, or an argument is wrong.
+    """
+    if not arguments[0].startswith("-") and arguments[0] not in NAMES:
+        raise UsageError(f"There is no evaluation {arguments[0]!r}; the evaluations are {', '.join(NAMES)}.")
+    try:
+        return parse(EVALUATIONS, arguments, prog="holdfast evaluate", description=DESCRIPTION)
+    except UsageError as error:
+        taken = (name for name in arguments[1:] if repr(name) in str(error) and Path(name).is_dir())
+        if (model := next(taken, None)) is None:
+            raise
+        raise UsageError(f"{error}; if {model} is a model, {MODELS_FIRST}.") from None
 
 
 def _lm_eval(arguments: Sequence[str]) -> None:

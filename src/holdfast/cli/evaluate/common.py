@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from holdfast.cli.common import error_console, model_directory
 from holdfast.cli.errors import UsageError
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from holdfast.evaluation.ratios import Estimate
     from holdfast.evaluation.sample_log import SampleLog
 
+Models = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")
+]
+"""The models of an evaluation, as arguments; their help needs no default."""
+MODELS_FIRST = "models come before the options, or after --, for options of several values take all that follows"
 PICTURES = (".png", ".svg", ".pdf")
 NOT_COVERED = "Intervals: other such samples or blocks, these models; they do not cover the seeds of training."
 """What is said below tables with intervals."""
@@ -46,7 +53,7 @@ def model_directories(names: Sequence[str], command: str) -> list[Path]:
         UsageError: if there is none, or one holds no model.
     """
     if not names:
-        raise UsageError(f"Give at least one model directory: `holdfast evaluate {command} MODEL_DIR`.")
+        raise UsageError(f"Give at least one model directory: `holdfast evaluate {command} MODEL_DIR`; {MODELS_FIRST}.")
     return [model_directory(name) for name in names]
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from holdfast.cli.common import output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
+    Models,
     check_picture,
     model_directories,
     open_log,
@@ -70,7 +71,7 @@ class Needle:
     """How well needles are found. Models that read text (with a tokenizer.json) get RULER's tasks: accuracy by length
     and depth. Models of the needle task get that: accuracy by the distance between question and answer."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), all of one kind."""
     length: tuple[int, ...] = ()
     """Tokens per sample. For text one or several; default: the length that every model was trained on. RULER's own are

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
 from holdfast.cli.errors import UsageError, one_line
 from holdfast.cli.evaluate.common import (
+    Models,
     model_directories,
     open_log,
     read_text_models,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Recall:
     """How often the answer stands in what a model writes after a document: FDA, SWDE and SQuAD completion."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with their tokenizers."""
     tasks: tuple[Literal["fda", "swde", "squad"], ...] = ("fda", "swde", "squad")
     data: str | None = None
@@ -66,8 +66,8 @@ class Recall:
         directories = model_directories(self.models, "recall")
         if self.data is not None and len(self.tasks) != 1:
             raise UsageError("--data holds one task; say which with --tasks.")
-        samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self.tasks}
         tokenizers = read_text_models(directories)
+        samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self.tasks}
         samples = self._that_fit(samples, tokenizers)
         names = shown_names(directories)
         results: dict[str, dict[str, RecallResult]] = {}

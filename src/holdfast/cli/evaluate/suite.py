@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console
 from holdfast.cli.errors import UsageError, one_line
 from holdfast.cli.evaluate.common import (
+    Models,
     check_folder,
     model_directories,
     reads_text,
@@ -50,7 +50,7 @@ class All:
     left out too, and the others go on; once the page is written the exit status is then 1, and so it is where nothing
     was measured, or nothing of a part that --parts names."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION])."""
     output: Path = Path("evaluation")
     """Directory of the page (index.html), of all numbers and of all pictures."""

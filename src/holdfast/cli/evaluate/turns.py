@@ -13,6 +13,7 @@ from rich.table import Table
 from holdfast.cli.common import error_console, format_bytes, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
+    Models,
     check_picture,
     model_directories,
     open_log,
@@ -42,7 +43,7 @@ class Turns:
     cache carries the conversation, and no token is read twice. Models that read text (with a tokenizer.json) converse
     in text, models of the needle task in its tokens."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION])."""
     turns: int | None = None
     """Turns of a conversation. Default: 8; with --facts and --questions left out too, fewer, with fewer facts if need
