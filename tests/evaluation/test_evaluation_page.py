@@ -14,6 +14,7 @@ from holdfast import HybridForCausalLM
 from holdfast.cli import main
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer
+from holdfast.evaluation.intervals import wilson_interval
 from holdfast.evaluation.ruler import RulerSettings
 from holdfast.evaluation.scorers import SCORERS
 
@@ -72,6 +73,30 @@ def test_what_the_page_names_is_there() -> None:
         found = [importlib.import_module(f"holdfast.evaluation.{name}") for name in re.findall(r"`(\w+)`", modules)]
         for name in re.findall(r"`(\w+)", calls):
             assert any(hasattr(module, name) for module in found), name
+
+
+def test_intervals_of_so_many_answers_are_those_of_the_page() -> None:
+    between = r"([\d.]+) to ([\d.]+) %"
+    rows = re.findall(rf"^\| ([\d,]+) \| {between} \| {between} \| ([\d.]+) to 100 % \|$", PAGE, re.M)
+    assert len(rows) == 5
+    for number, *shown in rows:
+        count = int(number.replace(",", ""))
+        half, most, all_right = (wilson_interval(share * count, count) for share in (0.5, 0.9, 1.0))
+        assert shown == [f"{100 * end:.1f}" for end in (*half, *most, all_right[0])]
+
+
+def test_so_many_answers_are_needed_for_an_interval_and_no_fewer() -> None:
+    rows = re.findall(r"^\| ±(\d+) points? \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", PAGE, re.M)
+    assert len(rows) == 4
+
+    def width(share: float, count: int) -> float:
+        low, high = wilson_interval(share * count, count)
+        return (high - low) / (1 if share == 1 else 2)
+
+    for points, *numbers in rows:
+        for share, number in zip((0.5, 0.9, 1.0), numbers, strict=True):
+            count = int(number.replace(",", ""))
+            assert width(share, count) <= int(points) / 100 < width(share, count - 1)
 
 
 def test_depths_are_the_grid_that_the_page_tells_of() -> None:
