@@ -10,7 +10,7 @@ import pytest
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
-from holdfast.cli.evaluate.common import read_haystack, shown_names, told_apart
+from holdfast.cli.evaluate.common import read_haystack
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
 from holdfast.settings import to_toml
@@ -278,23 +278,6 @@ def test_models_are_called_as_they_were_given(
     assert list(json.loads(file.read_text())["models"]) == ["a", "b"]
     shown = capsys.readouterr().out
     assert "tokens" not in shown.partition("distance")[2]
-
-
-def test_names_are_the_shortest_ends_that_tell_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def names(*given: str) -> list[str]:
-        return list(shown_names([Path(name) for name in given]).values())
-
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert names("runs/s0/lalte", "runs/s1/lalte", "/runs/gdn") == ["s0/lalte", "s1/lalte", "gdn"]
-    assert names("lalte", "s1/lalte", "../lalte") == ["lalte", "s1/lalte", "../lalte"]
-    assert names(".", "..") == ["here", tmp_path.name]
-    hub = "hub/models--owner--lalte/snapshots"
-    assert names(f"{hub}/0123456789", "x/lalte") == ["owner/lalte", "lalte"]
-    assert names(f"{hub}/0123456789", f"{hub}/9876543210") == ["owner/lalte@01234567", "owner/lalte@98765432"]
-    with told_apart([Path("s0/lalte"), Path("s1/lalte")]):
-        assert names("s1/lalte") == ["s1/lalte"]
-    assert names("s1/lalte") == ["lalte"]
 
 
 def test_what_cannot_be_done_is_refused_in_one_line(

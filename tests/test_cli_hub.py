@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from holdfast.cli import main
 from holdfast.cli.common import model_directory
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import shown_names
+from holdfast.cli.evaluate.common import shown_names, told_apart
 from holdfast.cli.hub import is_hub_name
 from passes import ModelFactory
 
@@ -102,6 +102,23 @@ def test_its_costs_are_told_without_its_weights(
         ("someone/small", "v1.0", ["config.json"])
     ]
     assert capsys.readouterr().err.count("taking the model someone/small of the Hugging Face hub") == 1
+
+
+def test_names_are_the_shortest_ends_that_tell_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*given: str) -> list[str]:
+        return list(shown_names([Path(name) for name in given]).values())
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert names("runs/s0/lalte", "runs/s1/lalte", "/runs/gdn") == ["s0/lalte", "s1/lalte", "gdn"]
+    assert names("lalte", "s1/lalte", "../lalte") == ["lalte", "s1/lalte", "../lalte"]
+    assert names(".", "..") == ["here", tmp_path.name]
+    hub = "hub/models--owner--lalte/snapshots"
+    assert names(f"{hub}/0123456789", "x/lalte") == ["owner/lalte", "lalte"]
+    assert names(f"{hub}/0123456789", f"{hub}/9876543210") == ["owner/lalte@01234567", "owner/lalte@98765432"]
+    with told_apart([Path("s0/lalte"), Path("s1/lalte")]):
+        assert names("s1/lalte") == ["s1/lalte"]
+    assert names("s1/lalte") == ["lalte"]
 
 
 EVALUATIONS = ("needle", "recall", "turns", "perplexity", "scorers", "efficiency", "all")
