@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from holdfast.files import replacing
 from holdfast.mixers import MIXERS, MixerOptions
@@ -264,3 +264,6 @@ def _checked_controller(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"controller must be a mapping of settings, got {values!r}")
     from_mapping(ControllerConfig, values, "the model's configuration", "controller")
     return dict(values)
+
+
+AutoConfig.register("holdfast", HybridConfig)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -390,3 +390,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 "what each mixer needs, of fixed size wherever the mixer allows; leave the setting out"
             )
         model_kwargs["past_key_values"] = HybridCache(self.config)
+
+
+AutoModel.register(HybridConfig, HybridModel)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)

@@ -10,10 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
+from holdfast import __version__
 from holdfast.cli.allocation import keep_freed_memory
 from holdfast.cli.errors import UsageError, one_line
+from holdfast.process import INTERRUPTED, raising_interrupts
 
 __all__ = ["COMMANDS", "main"]
 
@@ -72,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     keep_freed_memory(large=" ".join(arguments[:2]).startswith(_COMPUTING))
     try:
-        _dispatch(arguments)
+        with raising_interrupts():
+            _dispatch(arguments)
     except SystemExit as stop:  # tyro has shown its help or its error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        return _complain(str(stop) or "interrupted", 130)
+        return _complain(str(stop) or "interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -95,7 +97,7 @@ def _dispatch(arguments: list[str]) -> None:
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())), end="")
     elif arguments[0] == "--version":
-        print(f"holdfast {metadata.version('holdfast')}")
+        print(f"holdfast {__version__}")
     elif arguments[0] in COMMANDS:
         importlib.import_module(f"holdfast.cli.{arguments[0]}").run(arguments[1:])
     else:

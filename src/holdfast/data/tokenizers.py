@@ -32,6 +32,8 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
     name = str(name_or_directory)
     if name == "byte":
         return byte_tokenizer()
+    import holdfast.configuration  # noqa: F401  # registers what AutoTokenizer finds beside the tokenizer of a model
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
