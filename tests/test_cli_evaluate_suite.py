@@ -18,9 +18,9 @@ from holdfast.bench.models import Holdfast
 from holdfast.cli import main
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
-from holdfast.cli.evaluate.parts import Part
+from holdfast.cli.evaluate.parts import Part, plan_parts
 from holdfast.cli.evaluate.perplexity import Perplexity
-from holdfast.cli.evaluate.suite import _Measuring
+from holdfast.cli.evaluate.suite import All, _Measuring
 from holdfast.data.needle import NeedleTask
 from holdfast.data.recall import load_recall
 from holdfast.data.text import byte_tokenizer
@@ -252,6 +252,14 @@ def test_what_was_measured_is_kept(
     small_model("gated_deltanet", "learned_eviction", vocab_size=83, seed=5).save_pretrained(models / "lalte")
     assert main([*argv, "--seed", "1"]) == 0
     assert calls[3:] == ["Needle", "Efficiency"]
+
+
+@pytest.mark.parametrize(("names", "reads"), [(["text"], True), (["text", "lalte"], False)])
+def test_costs_are_of_text_where_all_models_read_it(names: list[str], reads: bool, models: Path) -> None:
+    directories = [models / name for name in names]
+    chosen = All(tuple(map(str, directories)), data=str(models / "text.txt"), split="train", output=models / "out")
+    [command] = [part.make() for part in plan_parts(chosen, directories, ()) if part.name == "efficiency"]
+    assert (command.data, command.split) == ((chosen.data, "train") if reads else (None, None))
 
 
 def test_texts_are_known_by_their_contents(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,8 +191,11 @@ def _scorers(chosen: All, directory: Path, label: str) -> Part:
 def _efficiency(chosen: All, directories: tuple[Path, ...], measured: Container[str]) -> Part:
     def make() -> Efficiency:
         accuracy = _accuracy(chosen, shown_names(directories).values(), measured)
+        data = chosen.data if all(map(reads_text, directories)) else None  # else what others read differs in kind
         return Efficiency(
             _names(directories),
+            data=data,
+            split=None if data is None else chosen.split,
             contexts=chosen.contexts,
             batch_sizes=chosen.batch_sizes,
             steps=100,

@@ -57,8 +57,9 @@ class All:
     parts: tuple[PartName, ...] | None = None
     """What to evaluate; left out: all that fits the models."""
     data: str | None = None
-    """Text for perplexity, and for the scorers of models that read text: a file, a directory, or a hub data set. Blocks
-    have the length that a model was trained on, at most 2,048 tokens."""
+    """Text for perplexity, for the scorers of models that read text, and where all do for efficiency: a file, a
+    directory, or a hub data set. Blocks of the first two have the length that a model was trained on, at most 2,048
+    tokens."""
     split: str = "validation"
     """Split of the text; a single file is read whole."""
     squad: str | None = None
