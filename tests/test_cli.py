@@ -14,11 +14,11 @@ import torch
 from holdfast import HybridConfig, HybridForCausalLM, __version__
 from holdfast.cli import COMMANDS, main
 from holdfast.cli import info as info_command
-from holdfast.cli.common import format_bytes, format_count
 from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer, load_text, load_tokenizer, prepare, train_tokenizer
 from holdfast.evaluation.needle import NeedleResult
 from holdfast.training.trainer import HybridTrainer
+from holdfast.units import format_bytes, format_count
 
 RECIPE = """\
 name = "tiny"

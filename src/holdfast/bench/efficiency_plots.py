@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from holdfast.bench.accuracy import Accuracy
 from holdfast.bench.costs import Cost, ModelCosts
-from holdfast.bench.plots import scale_axes
+from holdfast.bench.plots import label_values, scale_axes
 from holdfast.pictures import picture
 
 __all__ = ["Point", "pareto_front", "pareto_points", "plot_costs", "plot_pareto"]
@@ -154,8 +153,6 @@ def _draw_front(axes: Axes, points: Sequence[Point], costs: Sequence[float], lab
     best = [costs[index] for index in front], [heights[index] for index in front]
     axes.plot(*best, color="0.6", linewidth=1, drawstyle="steps-post", zorder=0, label="best")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(unit))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    label_values(axes.xaxis, unit)
     axes.set_xlabel(label)
     axes.grid(alpha=0.2)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from holdfast.bench.results import Case, Report, Result
 from holdfast.pictures import picture
+from holdfast.units import format_bytes
 
-__all__ = ["machine_line", "plot_report", "scale_axes"]
+__all__ = ["label_values", "machine_line", "plot_report", "scale_axes"]
 
 Value = Callable[[Result], float | None]
 
@@ -96,17 +100,48 @@ def _lines(axes: Axes, cases: Sequence[Case], parameter: str, value: Value, labe
 
 
 def scale_axes(axes: Axes, at: Iterable[int], parameter: str, label: str, unit: str) -> None:
-    """Logarithmic axes with ticks at the token counts `at` and at round numbers of `unit`."""
+    """Logarithmic axes with ticks at the token counts `at`, as many as have room, and at round numbers of `unit`."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    ticks = sorted(set(at))
-    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(EngFormatter(unit))
+    labels = _with_room({tick: f"{tick // 1024}k" if tick % 1024 == 0 else f"{tick:,}" for tick in sorted(set(at))})
+    axes.set_xticks(list(labels), list(labels.values()), fontsize="small")
     axes.minorticks_off()
+    label_values(axes.yaxis, unit)
     axes.set_xlabel(parameter)
     axes.set_ylabel(label)
     axes.grid(alpha=0.2)
+
+
+def _with_room(labels: Mapping[int, str]) -> dict[int, str]:
+    """Of labels at rising ticks the last, and from there down those that do not touch it or one another, where a letter
+    takes a 32nd of the logarithmic axis: a quarter of a picture of 15 inches."""
+    ticks = list(labels)
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        share = math.log(kept[-1] / tick) / math.log(ticks[-1] / ticks[0])
+        if share > max(len(labels[tick]), len(labels[kept[-1]])) / 32 - 1e-9:
+            kept.append(tick)
+    return {tick: labels[tick] for tick in reversed(kept)}
+
+
+def label_values(axis: Axis, unit: str) -> None:
+    """Ticks of a logarithmic axis, whose data are drawn, at round numbers: of bytes (`unit` "B") as in tables, else
+    decimal."""
+    low, high = axis.get_view_interval()
+    is_bytes = unit == "B"
+    if high < 4 * low:  # too few powers; matplotlib's own ticks would crowd at the upper end
+        step = 1024 ** int(math.log(low, 1024)) if is_bytes else 1
+        ticks = [step * tick for tick in MaxNLocator(5).tick_values(low / step, high / step)]
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    else:
+        axis.set_major_locator(LogLocator(base=2) if is_bytes else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(_bytes) if is_bytes else EngFormatter(unit))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _bytes(size: float, _: int | None = None) -> str:
+    """As `format_bytes` without zeros that say nothing: 2 MiB, 1.50 GiB."""
+    return re.sub(r"\.0+ ", " ", format_bytes(round(size)))
 
 
 def _names(cases: Sequence[Case]) -> list[str]:

@@ -20,9 +20,10 @@ from holdfast.bench.settings import (
     PrefillSettings,
     TrainSettings,
 )
-from holdfast.cli.common import error_console, format_bytes, output_console, quieten_transformers, three_digits
+from holdfast.cli.common import error_console, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
+from holdfast.units import format_bytes, three_digits
 
 if TYPE_CHECKING:
     from holdfast.bench.results import Case, Report, Result

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import error_console, format_bytes, model_directory, output_console, read_model, read_task
+from holdfast.cli.common import error_console, model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import usage_errors
 from holdfast.cli.parsing import parse
+from holdfast.units import format_bytes
 
 DESCRIPTION = """\
 Continue a prompt with a trained model, or let it answer the questions of a needle sample. Greedy unless told to sample.

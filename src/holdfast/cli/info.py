@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import format_bytes, format_count, model_directory, output_console, read_recipe
+from holdfast.cli.common import model_directory, output_console, read_recipe
 from holdfast.cli.errors import UsageError
 from holdfast.cli.hub import is_hub_name
 from holdfast.cli.parsing import parse
 from holdfast.files import write_json
+from holdfast.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import tyro
 
-from holdfast.cli.common import TextOptions, format_bytes, format_count, output_console, quieten_transformers
+from holdfast.cli.common import TextOptions, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
+from holdfast.units import format_bytes, format_count
 
 DESCRIPTION = """\
 Tokenize text once, into files that training maps into memory: it then starts at once, shuffles all of the text, and

@@ -146,7 +146,7 @@ def explaining_writes(run: Path, what: str) -> Iterator[None]:
         advice = "make room and " if _wants_room(error) else ""
         advice += "resume; earlier checkpoints are whole" if checkpoints(run) else "start again; there is no checkpoint"
         raise CheckpointError(
-            f"The {what} could not be written to {run} ({_reason(error)}; {free / 1e6:,.0f} MB are free there): "
+            f"The {what} could not be written to {run} ({_reason(error)}; {free / 2**20:,.0f} MiB are free there): "
             f"{advice}."
         ) from error
 

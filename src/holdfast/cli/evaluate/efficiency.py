@@ -13,7 +13,7 @@ from rich.table import Table
 
 from holdfast.bench.settings import BenchSettings, SizeName
 from holdfast.cli.bench import format_rate, format_seconds
-from holdfast.cli.common import error_console, format_bytes, format_count, output_console, quieten_transformers
+from holdfast.cli.common import error_console, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     check_picture,
@@ -26,6 +26,7 @@ from holdfast.cli.evaluate.common import (
     write_results,
 )
 from holdfast.cli.evaluate.perplexity import TextBlocks
+from holdfast.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from torch import Tensor

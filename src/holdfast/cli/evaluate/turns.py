@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import error_console, format_bytes, output_console, read_model, read_task
+from holdfast.cli.common import error_console, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     Models,
@@ -28,6 +28,7 @@ from holdfast.cli.evaluate.common import (
     usage_errors,
     write_results,
 )
+from holdfast.units import format_bytes
 
 if TYPE_CHECKING:
     from holdfast.data.turns import TurnPlan, TurnScript
