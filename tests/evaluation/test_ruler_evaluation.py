@@ -17,7 +17,15 @@ from holdfast.data.ruler import RULER_TASKS, Essays, RulerSampler
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.conversation import Conversation
 from holdfast.evaluation.inference import evaluating
-from holdfast.evaluation.ruler import RulerSettings, evaluate_ruler, found_answers, plot_ruler
+from holdfast.evaluation.intervals import Share
+from holdfast.evaluation.ruler import (
+    RulerCell,
+    RulerResult,
+    RulerSettings,
+    evaluate_ruler,
+    found_answers,
+    plot_ruler,
+)
 from holdfast.evaluation.sample_log import SampleLog
 
 ESSAYS = Essays(["The sea is wide. Ships cross it, and some are lost. Nobody counts them. " * 3])
@@ -188,3 +196,12 @@ def test_plot(tmp_path: Path) -> None:
     assert {(68, 1, 84), (253, 231, 37)} <= colours  # the ends of the scale: nothing and everything found
     with pytest.raises(ValueError, match="at least one result"):
         plot_ruler({}, tmp_path / "none.png")
+
+
+def test_every_depth_has_room_for_its_label(tmp_path: Path) -> None:
+    share = Share(1, 1.0)
+    for depths in (3, 40):
+        cell = RulerCell("niah_single_1", 700, share, share, {float(depth): share for depth in range(depths)}, 700.0)
+        picture = matplotlib.image.imread(plot_ruler({"near": RulerResult((cell,), 0)}, tmp_path / "map.png"))
+        red, _, blue = (picture[:, :, channel] for channel in range(3))
+        assert ((red > 0.98) & (blue < 0.2)).any(1).sum() > 22 * depths  # rows of yellow pixels, 160 to an inch

@@ -202,7 +202,9 @@ def plot_ruler(results: Mapping[str, RulerResult], path: str | Path) -> Path:
         raise ValueError("results is empty; give at least one result to plot.")
     tasks = list(dict.fromkeys(cell.task for result in results.values() for cell in result.cells))
     widest = max(len(result.cells) // len(tasks) for result in results.values())
-    with picture(path, (1.5 + len(tasks) * max(2.2, 0.6 * widest + 0.8), 0.6 + 2.8 * len(results))) as figure:
+    deepest = max(len(cell.by_depth) for result in results.values() for cell in result.cells)
+    width, height = max(2.2, 0.6 * widest + 0.8), max(2.8, 0.17 * deepest + 0.8)  # of a map whose labels have room
+    with picture(path, (1.5 + len(tasks) * width, 0.6 + len(results) * height)) as figure:
         grid = figure.subplots(len(results), len(tasks), squeeze=False)
         for row, (name, result) in zip(grid, results.items(), strict=True):
             for axes, task in zip(row, tasks, strict=True):
