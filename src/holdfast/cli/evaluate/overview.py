@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.bench import format_rate
-from holdfast.cli.common import format_bytes
 from holdfast.cli.evaluate.common import show_share
+from holdfast.units import format_bytes
 
 if TYPE_CHECKING:
     from holdfast.evaluation.intervals import Share
