@@ -124,7 +124,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output and the final state; and if `keep`, for the backward pass, the errors v − kᵀS [B, T, Hv, V] and the
     states at the chunks' entries [B, Hv, N, K, V], else two empty tensors."""
-    out, final_state, errors, states = outputs = _empty(q, k, v, g, beta, state, cu_seqlens, scale, keep)
+    out, final_state, errors, states = outputs = _empty_outputs(v, state, cu_seqlens, keep)
     kept = {"errors": errors, "states": states} if keep else {}
     inputs = {"q": q, "g": g, "beta": beta, "initial": state}
     _run("holdfast_forward", k, v, cu_seqlens, scale, **inputs, out=out, final_state=final_state, **kept)
@@ -132,16 +132,13 @@ def _forward(
 
 
 @_forward.register_fake
-def _empty(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    keep: bool,
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, v, _, _, state, cu_seqlens, _, keep = given
+    return _empty_outputs(v, state, cu_seqlens, keep)
+
+
+def _empty_outputs(
+    v: Tensor, state: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, final_state = v.new_empty(v.shape), state.new_empty(state.shape)
     if not keep:
@@ -165,7 +162,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `_forward` for its first six inputs, in their order."""
-    gradients = _empty_gradients(d_out, d_final, q, k, v, g, beta, errors, states, cu_seqlens, scale)
+    gradients = _empty_gradients(q, k, v, g, beta, states)
     inputs = {"q": q, "g": g, "beta": beta, "errors": errors, "states": states, "d_out": d_out, "d_final": d_final}
     outputs = dict(zip(("dq", "dk", "dv", "dg", "dbeta", "d_initial"), gradients, strict=True))
     _run("holdfast_backward", k, v, cu_seqlens, scale, **inputs, **outputs)
@@ -173,18 +170,13 @@ def _backward(
 
 
 @_backward.register_fake
+def _(d_out: Tensor, d_final: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+    *inputs, _, states, _, _ = given
+    return _empty_gradients(*inputs, states)
+
+
 def _empty_gradients(
-    d_out: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    errors: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dg, dbeta, d_state = (x.new_empty(x.shape) for x in (q, k, v, g, beta, states[:, :, 0]))
     return dq, dk, dv, dg, dbeta, d_state
