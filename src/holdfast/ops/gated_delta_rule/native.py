@@ -171,8 +171,8 @@ def _backward(
 
 @_backward.register_fake
 def _(d_out: Tensor, d_final: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    *inputs, _, states, _, _ = given
-    return _empty_gradients(*inputs, states)
+    q, k, v, g, beta, _, states, _, _ = given
+    return _empty_gradients(q, k, v, g, beta, states)
 
 
 def _empty_gradients(
