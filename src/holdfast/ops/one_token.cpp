@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // out[i] = a . b[i] for N rows of b, `size` long, one behind the other.
