@@ -133,6 +133,13 @@ def test_help_says_that_models_of_the_hub_are_taken(command: str, capsys: pytest
     assert re.search(r"models? on the hub \(OWNER/NAME\[@REVISION\]\)", words)
 
 
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_the_help_of_every_evaluation_calls_models_the_same(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", command, "--help"]) == 0
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.endswith(" [MODEL ...]" if command == "efficiency" else " MODEL [MODEL ...]")
+
+
 def test_what_info_does_not_find(hub: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "someone/else"]) == 2
     assert "There is no model directory someone/else, and the hub cannot be reached" in capsys.readouterr().err

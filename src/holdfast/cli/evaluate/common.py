@@ -29,6 +29,10 @@ Models = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")
 ]
 """The models of an evaluation, as arguments; their help needs no default."""
+ModelsIfAny = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL ...]", help_behavior_hint="")
+]
+"""The same where none need be given."""
 MODELS_FIRST = "models come before the options, or after --, for options of several values take all that follows"
 PICTURES = (".png", ".svg", ".pdf")
 NOT_COVERED = "Intervals: other such samples or blocks, these models; they do not cover the seeds of training."

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from holdfast.bench.settings import BenchSettings, SizeName
@@ -16,6 +15,7 @@ from holdfast.cli.bench import format_rate, format_seconds
 from holdfast.cli.common import error_console, output_console, quieten_transformers
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
+    ModelsIfAny,
     check_picture,
     model_directories,
     open_log,
@@ -59,7 +59,7 @@ class Efficiency:
     many heads (the table of models has both). They read random tokens, so what laLTE holds then is the capacity of its
     store, and no trained scorer's choice. Models take turns, so that a machine whose speed drifts is fair to all."""
 
-    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    models: ModelsIfAny = ()
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]); none: untrained ones of --size."""
     size: SizeName = "43m"
     """Of untrained models. 30m: 8 layers, hidden size 512, 30 million parameters each; 43m: 12 layers, 46 million."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     NOT_COVERED,
+    Models,
     check_picture,
     model_directories,
     open_log,
@@ -47,7 +47,7 @@ class Scorers:
     scorer, sample by sample. They tell what other samples would give; they do not cover other seeds of training.
     """
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with learned eviction."""
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     """Slots of the store per head."""
