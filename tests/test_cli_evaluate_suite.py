@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from torch import Tensor
 from holdfast import HybridCache, HybridForCausalLM
 from holdfast.bench.models import Holdfast
 from holdfast.cli import main
+from holdfast.cli.evaluate.common import NOT_COVERED
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.parts import Part, plan_parts
@@ -201,7 +203,7 @@ def test_everything_on_one_page(
 ) -> None:
     quick(monkeypatch)
     page = run_all(models, "--data", str(models / "text.txt"))
-    assert page.count('src="picture"') == 6  # needle, turns, two of scorers, costs, pareto
+    assert page.count('src="picture"') == 7  # needle, turns, perplexity, two of scorers, costs, pareto
     assert not re.search(r'src="(?!picture")|href="(?!#part-\d+")|https?://|<script', page)
     assert set(re.findall(r'href="#(.*?)"', page)) == set(re.findall(r'<h2 id="(.*?)"', page))
     head = page.partition("</table>")[0]
@@ -216,7 +218,14 @@ def test_everything_on_one_page(
     assert "<b>" not in page
     assert "&lt;b&gt;tokens&amp;" in page
     assert str(models) not in re.sub(r"<td>.*?</td>|<th>.*?</th>", "", page)
-    for text in ("accuracy by distance", "turns back", "perplexity, text", "slots per head", "prefill tok/s", "seed 0"):
+    for text in (
+        "accuracy by distance",
+        "turns back",
+        "perplexity of text.txt by position",
+        "slots per head",
+        "prefill tok/s",
+        "seed 0",
+    ):
         assert text in page
     for reason in ("no --haystack was given", "no --squad was given", "has no layer of learned eviction"):
         assert f"not measured: {reason}" in page or f"not measured: the model {reason}" in page
@@ -225,7 +234,7 @@ def test_everything_on_one_page(
     assert "length 300, isolate False, beyond False, batch_size 13" in page  # of the blocks of text
     for name in ("torch", "commit", "processor"):
         assert f"<td>{name}</td>" in page
-    for name in ("needle-task", "turns-task", "perplexity-text", "scorers-lalte", "efficiency"):
+    for name in ("needle-task", "turns-task", "perplexity", "scorers-lalte", "efficiency"):
         assert json.loads((models / "out" / f"{name}.json").read_text())
 
 
@@ -273,6 +282,31 @@ def test_texts_are_known_by_their_contents(models: Path, monkeypatch: pytest.Mon
     text.write_text(text.read_text().replace("best", "sole"))  # as many bytes
     run_all(models, "--parts", "perplexity", "--data", str(text))
     assert len(calls) == 2
+
+
+def test_perplexities_stand_beside_that_of_the_first_model(
+    models: Path, small_model: Callable[..., HybridForCausalLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks have the shortest length of training; what was measured of a model is kept when another comes."""
+    small_model("gated_deltanet", vocab_size=259, max_position_embeddings=64, seed=3).save_pretrained(models / "short")
+    byte_tokenizer().save_pretrained(models / "short")
+    names = ["short", "text"]
+    for count in (1, 2):
+        argv = ["evaluate", "all", *(str(models / name) for name in names[:count]), "--output", str(models / "out")]
+        assert main([*argv, "--parts", "perplexity", "--data", str(models / "text.txt"), "--samples", "40"]) == 0
+    assert f"{models / 'short'}: going on after 5 blocks" in capsys.readouterr().err
+    found = json.loads((models / "out" / "perplexity.json").read_text())
+    assert found["settings"]["length"] == 64
+    difference = found["models"]["text"]["difference"]
+    assert difference["to"] == "short"
+    page = (models / "out" / "index.html").read_text(encoding="utf-8")
+    for note in ("Percents: how much greater the perplexity is than that of short.", NOT_COVERED):
+        assert f'<p class="note">{note}</p>' in page
+    assert f"\n{100 * math.expm1(difference['value']):+.2f}% (" in page
+    assert page.count("<img") == 1
+    overview = page.partition("</table>")[0]
+    for entry in found["models"].values():
+        assert f"<td>{entry['perplexity']:.3f} (" in overview
 
 
 def test_accuracies_and_pictures_of_other_models_are_not_taken(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,18 +78,18 @@ def test_one_task_needs_no_table_of_tasks(folder: Folder) -> None:
 
 def test_each_number_leads_to_its_section(folder: Folder) -> None:
     folder.parts.append(PartResult("left out", skipped="for a reason"))
-    folder.add("perplexity", {"a": {"perplexity": 2.5}}, length=2048)
-    folder.add("perplexity", {"b": {"perplexity": 3.5, "perplexity_interval": [3.25, 3.75]}}, length=2048)
+    interval = {"perplexity_interval": [3.25, 3.75]}
+    folder.add("perplexity", {"a": {"perplexity": 2.5}, "b": {"perplexity": 3.5, **interval}}, length=2048)
     folder.add("perplexity", {"c": {"perplexity": 9}}, length=512)
     (table,) = overview_tables(folder.parts, folder.path, ["a", "b", "c"])
     assert [list(row) for row in table.rows] == [
         [
             Link("perplexity, blocks of 2,048 tokens", "part-2"),
             "2.500",
-            Link("3.500 (3.250 to 3.750)", "part-3"),
+            "3.500 (3.250 to 3.750)",
             "–",
         ],
-        [Link("perplexity, blocks of 512 tokens", "part-4"), "–", "–", "9.000"],
+        [Link("perplexity, blocks of 512 tokens", "part-3"), "–", "–", "9.000"],
     ]
 
 

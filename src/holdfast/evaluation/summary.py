@@ -30,18 +30,25 @@ __all__ = ["PartResult", "ShownTable", "section", "write_summary"]
 
 @dataclass(frozen=True)
 class ShownTable:
-    """A table as it was shown, as plain text, or with links to sections of the page."""
+    """A table as it was shown, as plain text, or with links to sections of the page; the note stands below it."""
 
     title: str
     headings: list[str]
     rows: Sequence[Sequence[str | Link]]
+    note: str = ""
 
     @classmethod
     def of(cls, table: Table) -> ShownTable:
         """The texts of a table of rich's."""
         columns = [[_plain(cell) for cell in column.cells] for column in table.columns]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        return cls(_plain(table.title or ""), [_plain(column.header) for column in table.columns], rows)
+        headings = [_plain(column.header) for column in table.columns]
+        return cls(_plain(table.title or ""), headings, rows, _plain(table.caption or ""))
+
+    def elements(self) -> list[str]:
+        """For a page."""
+        table = table_element(self.headings, self.rows, self.title)
+        return [table, note(self.note)] if self.note else [table]
 
 
 @dataclass(frozen=True)
@@ -109,13 +116,13 @@ def write_summary(
     if not parts:
         raise ValueError("there is nothing to report on; give at least one part.")
     done = [part for part in parts if part.skipped is None]
-    elements = [table_element(table.headings, table.rows, table.title) for table in overview]
+    elements = [element for table in overview for element in table.elements()]
     elements.append(_what_was_done(parts))
     for place, part in enumerate(parts):
         if part.skipped is not None:
             continue
         elements.append(heading(part.title, section(place)))
-        elements += [table_element(table.headings, table.rows, table.title) for table in part.tables]
+        elements += [element for table in part.tables for element in table.elements()]
         numbers = _numbers(Path(path).parent, part)
         description = f"{part.title}: heat map; the table that follows has its numbers" if numbers else part.title
         elements += [picture_element(Path(path).parent / name, description) for name in part.pictures]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.bench import format_rate
-from holdfast.cli.evaluate.common import show_share
+from holdfast.cli.evaluate.common import NOT_COVERED, show_share
 from holdfast.units import format_bytes
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def overview_tables(parts: Sequence[PartResult], folder: Path, models: Sequence[
         place = min(scores.parts.values())
         numbers += [Number(row, model, show_share(share), place) for model, share in scores.means().items()]
     numbers.sort(key=lambda number: number.part)
-    tables = [_table(TITLE, numbers, models)] if numbers else []
+    tables = [replace(_table(TITLE, numbers, models), note=NOT_COVERED)] if numbers else []
     for length, scores in ruler.items():
         if len(scores.by_task) > 1:
             by_task = [
@@ -105,14 +105,7 @@ def _table(title: str, numbers: Sequence[Number], models: Sequence[str]) -> Show
     rows: list[list[str | Link]] = []
     for name, row in found.items():
         first = next(iter(row.values())).part
-        cells: list[str | Link] = [Link(name, section(first))]
-        for model in shown:
-            if model not in row:
-                cells.append("–")
-            else:  # each model may have a section of its own
-                text, part = row[model].text, row[model].part
-                cells.append(text if part == first else Link(text, section(part)))
-        rows.append(cells)
+        rows.append([Link(name, section(first)), *(row[model].text if model in row else "–" for model in shown)])
     return ShownTable(title, ["", *shown], rows)
 
 

@@ -61,11 +61,10 @@ def plan_parts(chosen: All, directories: Sequence[Path], measured: Container[str
     tokens = tuple(directory for directory in directories if directory not in text)
     yield from _needles(chosen, text, tokens)
     yield from _conversations(chosen, text, tokens)
-    labels = shown_names(directories)
-    for directory in text:
-        yield _perplexity(chosen, directory, labels[directory])
     if text:
+        yield _perplexity(chosen, text)
         yield _recall(chosen, text)
+    labels = shown_names(directories)
     for directory in directories:
         yield _scorers(chosen, directory, labels[directory])
     yield _efficiency(chosen, tuple(directories), measured)
@@ -127,17 +126,17 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
             yield Part(f"several turns, {kind}", name, group, make)
 
 
-def _perplexity(chosen: All, directory: Path, label: str) -> Part:
-    title, name = f"perplexity, {label}", f"perplexity-{_file_name(label)}"
+def _perplexity(chosen: All, text: tuple[Path, ...]) -> Part:
+    """One call for all: models that read the same blocks are compared block by block."""
     if chosen.data is None:
-        return Part(title, name, (directory,), "no --data was given.")
-    data, length = chosen.data, _block_length(directory)
+        return Part("perplexity", "perplexity", text, "no --data was given.")
+    data, length = chosen.data, min(map(_block_length, text))
     return Part(
-        title,
-        name,
-        (directory,),
+        "perplexity",
+        "perplexity",
+        text,
         lambda: Perplexity(
-            (str(directory),),
+            _names(text),
             data=data,
             split=chosen.split,
             length=length,
@@ -145,7 +144,7 @@ def _perplexity(chosen: All, directory: Path, label: str) -> Part:
             max_blocks=max(1, chosen.samples // 8),
             beyond=chosen.beyond,
             dtype=chosen.dtype,
-            json=chosen.output / f"{name}.json",
+            **_files(chosen, "perplexity"),
         ),
     )
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import (
     NOT_COVERED,
+    Models,
     check_picture,
     model_directories,
     open_log,
@@ -45,7 +45,7 @@ class Perplexity:
     the seeds of training. Bits per byte compare models with different tokenizers: the bits of all predicted tokens,
     ends of documents too, per UTF-8 byte of the text that they stand for."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with their tokenizers."""
     data: str
     """A file (parquet, jsonl, json, txt), a directory of them or of prepared text, or the name of a hub data set."""
@@ -267,9 +267,10 @@ def _show(results: Mapping[str, PerplexityResult], text: TextBlocks) -> Table:
     bits = (show_number(result.bits_per_byte, result.bits_per_byte_interval, digits=4) for result in found)
     table.add_row("bits per byte", "", *bits)
     table.add_row("bytes", "", *("–" if result.bytes is None else f"{result.bytes:,}" for result in found))
-    output_console().print(table)
     if len(found) > 1:
-        output_console().print(f"Percents: how much greater the perplexity is than that of {next(iter(results))}.")
+        table.caption = f"Percents: how much greater the perplexity is than that of {next(iter(results))}."
+        table.caption_justify = "left"
+    output_console().print(table)
     output_console().print(NOT_COVERED, soft_wrap=True)
     return table
 

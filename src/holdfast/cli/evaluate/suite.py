@@ -58,8 +58,8 @@ class All:
     """What to evaluate; left out: all that fits the models."""
     data: str | None = None
     """Text for perplexity, for the scorers of models that read text, and where all do for efficiency: a file, a
-    directory, or a hub data set. Blocks of the first two have the length that a model was trained on, at most 2,048
-    tokens."""
+    directory, or a hub data set. Blocks of the first two have the length that the models were trained on, for
+    perplexity the shortest of them, at most 2,048 tokens."""
     split: str = "validation"
     """Split of the text; a single file is read whole."""
     squad: str | None = None
@@ -256,6 +256,7 @@ def _as_shown(shown: ShownTable) -> Table:
         table.add_column(name, justify="right" if column else "left", overflow="fold")
     for row in shown.rows:
         table.add_row(*map(str, row))
+    table.caption, table.caption_justify = shown.note, "left"
     return table
 
 
