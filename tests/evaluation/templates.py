@@ -6,9 +6,11 @@ from transformers import PreTrainedTokenizerFast
 from holdfast.data.text import byte_tokenizer
 
 
-def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
-    """One of bytes whose post-processor puts the end token where the template says."""
+def tokenizer_with(template: str, end: str | None = None) -> PreTrainedTokenizerFast:
+    """One of bytes whose post-processor puts the end token, or a new one, where the template says."""
     tokenizer = byte_tokenizer()
+    if end is not None:
+        tokenizer.add_special_tokens({"eos_token": end})
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template.replace("END", end), special_tokens=[(end, tokenizer.eos_token_id)]

@@ -187,26 +187,59 @@ def test_no_prompt_ends_in_a_token_of_its_end(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_token_is_one_that_the_model_knows(
+def test_only_requests_with_a_token_that_the_model_does_not_know_are_refused(checkpoint: Path) -> None:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    more = byte_tokenizer()
+    more.add_tokens(["<|call|>"])
+    more.save_pretrained(checkpoint)
+    harness = HoldfastLM(pretrained=str(checkpoint), device="cpu", dtype="float32", max_length=32)
+    pairs = {
+        "loglikelihood": [("It is", " so"), ("It", "<|call|>")],
+        "generate_until": [("It is", {"max_gen_toks": 1}), ("<|call|>", {"max_gen_toks": 1})],
+        "loglikelihood_rolling": [("It is",), ("It<|call|>",)],
+    }
+    for kind, arguments in pairs.items():
+        ask = getattr(harness, kind)
+        assert len(ask(requests(kind, arguments[:1]), disable_tqdm=True)) == 1
+        with pytest.raises(ValueError, match=r"'<\|call\|>' is token 259 of the tokenizer, and the model knows tokens"):
+            ask(requests(kind, arguments), disable_tqdm=True)
+
+
+def test_a_pad_that_the_model_does_not_know_is_refused_where_there_are_pads(checkpoint: Path) -> None:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    padded = byte_tokenizer()
+    padded.add_special_tokens({"pad_token": "<|more|>"})
+    padded.save_pretrained(checkpoint)
+    asked = [("It is", {"max_gen_toks": 1}), ("It", {"max_gen_toks": 1})]
+    for batch_size in (1, 2):
+        harness = HoldfastLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=batch_size)
+        if batch_size == 1:
+            assert len(harness.generate_until(requests("generate_until", asked), disable_tqdm=True)) == 2
+            continue
+        with pytest.raises(ValueError, match=r"'<\|more\|>' is token 259 of the tokenizer"):
+            harness.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+
+def test_a_token_of_every_text_that_the_model_does_not_know_is_refused_before_the_model_is_loaded(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter is loaded into a model with embeddings for all of them."""
     from holdfast.evaluation.harness import HoldfastLM
 
-    more = byte_tokenizer()
-    more.add_tokens(["<|call|>"])
-    model = HybridForCausalLM.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="the tokenizer has 260 tokens, the model knows 259; give the model its own"):
-        HoldfastLM(pretrained=model, tokenizer=more, device="cpu", peft="unread")
+    more = tokenizer_with("END $A", "<|more|>")
     more.save_pretrained(checkpoint)
-    assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 1
+    with monkeypatch.context() as unloaded:
+        unloaded.setattr(HoldfastLM, "_create_model", lambda *_, **__: pytest.fail("loaded"))
+        assert main(["evaluate", "lm-eval", str(checkpoint), *local_tasks(tmp_path)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast: ")]
-    assert f"the tokenizer has 260 tokens, {checkpoint} knows 259" in line
+    assert f"is token 259 of the tokenizer, and {checkpoint} knows tokens up to 258" in line
 
     monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda model, *_, **__: model)
     adapted = HoldfastLM(pretrained=str(checkpoint), device="cpu", dtype="float32", peft="an adapter")
     assert adapted.model.get_input_embeddings().num_embeddings == 260
-    assert len(adapted.loglikelihood(requests("loglikelihood", [("It is", "<|call|>")]), disable_tqdm=True)) == 1
+    assert len(adapted.loglikelihood(requests("loglikelihood", [("It is", "so")]), disable_tqdm=True)) == 1
 
 
 def test_the_command_refuses_long_requests_in_one_line(

@@ -4,15 +4,16 @@
 packages by entry points in the group `lm_eval.models`, as pyproject.toml declares this one, only in versions after
 0.4.13, where `lm-eval run --model holdfast` works; with 0.4.13 and before it takes
 `lm-eval run --model hf --model_args pretrained=DIR,trust_remote_code=True`, which gives the same answers, but refuses
-neither a request that is longer than the model was trained on, whose beginning it cuts off, nor a tokenizer that puts a
-token behind every prompt or has tokens that the model does not know.
+neither a request that is longer than the model was trained on, whose beginning it cuts off, nor one with tokens that
+the model does not know, nor a tokenizer that puts a token behind every prompt.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lm_eval._cli import HarnessCLI
@@ -24,7 +25,7 @@ from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
 from holdfast.data.hub import fail_fast_offline
-from holdfast.evaluation.limits import check_prompts, check_tokenizer
+from holdfast.evaluation.limits import check_prompts, check_tokens
 from holdfast.modeling import HybridForCausalLM
 
 __all__ = ["HoldfastLM", "run_harness"]
@@ -43,13 +44,14 @@ class HoldfastLM(HFLM):
     Nor is a tokenizer taken that puts a token behind every text: no prompt could be continued, and a continuation would
     be scored without its first token. With `add_bos_token=False` the harness has nothing put before or behind a text.
 
-    Nor one with ids that the model has no embedding for: the first text with one of them would end the evaluation. With
-    `peft` the harness gives the embeddings as many rows as the tokenizer has tokens.
+    Requests with a token that the model has no embedding for are refused before the first of their kind is read. A
+    tokenizer whose tokens around every text are such is refused before the model is loaded, but with `peft`, where the
+    harness gives the embeddings as many rows as the tokenizer has tokens.
     """
 
     AUTO_MODEL_CLASS = HybridForCausalLM
     _counted: Mapping[str, Sequence[int]] = {}
-    """Tokens of the prompts that are being continued, as they were counted."""
+    """Tokens of the texts that are being read, as they were counted."""
 
     def __init__(self, *args: Any, peft: str | None = None, **options: Any) -> None:
         self._adapter = peft
@@ -62,14 +64,15 @@ class HoldfastLM(HFLM):
         super()._create_tokenizer(pretrained, *args, add_bos_token=add_bos_token, **options)
         is_read = isinstance(pretrained, str)  # else it is a model, which the harness takes as it is
         name = pretrained if is_read else "the model"
-        if not (self._adapter and is_read):
-            check_tokenizer(self.tokenizer, self.config, english=False, name=name)
         if add_bos_token is not False:
             check_prompts(self.tokenizer, name=name)
+            if not (self._adapter and is_read):
+                check_tokens(self.tokenizer("").input_ids, self.tokenizer, self.config, name=name)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **options: Any
     ) -> list[tuple[float, bool]]:
+        self._refuse_unknown(*(ids for _, before, after in requests for ids in (before, after)))
         # The last token is scored and not read. Windows of rolling loglikelihood come here too; they fit by their make.
         self._refuse_cutting(max((len(before) + len(after) - 1 for _, before, after in requests), default=0))
         return super()._loglikelihood_tokens(requests, *args, **options)
@@ -78,15 +81,32 @@ class HoldfastLM(HFLM):
         """Continue the prompts as the harness does.
 
         Raises:
-            ValueError: a prompt and its answer are longer than the model was trained on, and no `max_length` was given.
+            ValueError: a prompt and its answer are longer than the model was trained on, and no `max_length` was given,
+                or a prompt has a token that the model has no embedding for.
         """
-        if self._max_length:
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        # Arrays: lists of numbers would take ten times the memory of the text.
-        self._counted = {prompt: array("i", self.tok_encode(prompt)) for prompt in {r.args[0] for r in requests}}
-        try:  # before the first is generated: what comes later would be lost after hours
+        with self._counting(requests):  # before the first is generated: what comes later would be lost after hours
             self._refuse_cutting(max(map(self._generation_tokens, requests), default=0))
+            if len(self._counted) > 1 and self.batch_size != 1:
+                self._refuse_unknown([self.tokenizer.pad_token_id])
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score texts of any length as the harness does.
+
+        Raises:
+            ValueError: a text has a token that the model has no embedding for.
+        """
+        with self._counting(requests):
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    @contextmanager
+    def _counting(self, requests: Sequence[Instance]) -> Iterator[None]:
+        """Meanwhile the tokens of the texts are known, and those of the model."""
+        # Arrays: lists of numbers would take ten times the memory of the text.
+        self._counted = {text: array("i", self.tok_encode(text)) for text in {r.args[0] for r in requests}}
+        try:
+            self._refuse_unknown(*self._counted.values())
+            yield
         finally:
             self._counted = {}
 
@@ -99,6 +119,11 @@ class HoldfastLM(HFLM):
     def _generation_tokens(self, request: Instance) -> int:
         prompt, settings = request.args
         return len(self._counted[prompt]) + normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+
+    def _refuse_unknown(self, *texts: Sequence[int]) -> None:
+        """Refuse token ids that the model has no embedding for; an adapter may have brought some."""
+        for ids in texts:
+            check_tokens(ids, self.tokenizer, self.model.config)
 
     def _refuse_cutting(self, tokens: int) -> None:
         """Refuse a request of so many tokens, those to generate included, that the harness would cut unasked."""

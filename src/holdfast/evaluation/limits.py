@@ -32,6 +32,8 @@ def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: 
     """Refuse a tokenizer with ids that the model has no embedding for, that cannot write plain English text, or that
     puts a token behind every text: a prompt would end in it, and the model continue what has ended.
 
+    For evaluations that write their texts one by one, for hours; where all are there, `check_tokens` refuses less.
+
     Args:
         tokenizer: of the model.
         config: of the model.
