@@ -85,7 +85,7 @@ def test_values_and_gradients(
     *sizes, dilation = shape
     given = inputs(*sizes, rows=1 if shared_row else None)
     actual = values_and_gradients(grouped_convolution, given, dilation, torch.float32)
-    assert called == ["holdfast_convolve", "holdfast_convolve_backward"]
+    assert called == ["holdfast_grouped_convolution", "holdfast_grouped_convolution_backward"]
     assert_close(actual, values_and_gradients(definition, given, dilation, torch.float64))
     assert_close(
         values_and_gradients(grouped_convolution, given, dilation, torch.float64),  # PyTorch's products
@@ -133,6 +133,13 @@ def test_share_and_scale_of_dropout(p: float, channels: int) -> None:
         assert (shares - (1 - p)).abs().max() < 6 * (p * (1 - p) / size) ** 0.5
 
 
+def test_rows_lose_as_many_as_chance_has_it() -> None:
+    """The variance of their counts is that of independent draws; its own deviation is √(2 / rows)."""
+    rows, channels, p = 200_000, 128, 0.1
+    counts = (factors(torch.empty(1, 1, rows, channels), p, seed=0) == 0).double().sum(-1)
+    assert counts.var().item() / (channels * p * (1 - p)) == pytest.approx(1, abs=4.5 * (2 / rows) ** 0.5)
+
+
 def test_neighbours_are_independent() -> None:
     stays = (factors(torch.empty(2, 2, 2000, 64), 0.5, seed=1) != 0).double() - 0.5
     for axis, lag in itertools.product(range(4), (1, 2, 8, 16, 32)):  # lanes and halves of a random number
@@ -162,6 +169,99 @@ def test_what_is_no_number_in_a_pad_goes_nowhere() -> None:
             slopes.append(torch.autograd.grad(outs[-1].sum(), leaf)[0])
         assert torch.equal(*outs)
         assert torch.equal(*slopes)
+
+
+def expected_gradients(given: tuple[Tensor, ...], dilation: int = 2) -> list[Tensor]:
+    x, valid, weight, bias = given
+    leaves = [y.double().requires_grad_() for y in (x, weight, bias)]
+    out = definition(leaves[0], valid, leaves[1], leaves[2], dilation)
+    return list(torch.autograd.grad(out.square().sum(), leaves))
+
+
+@pytest.mark.parametrize("change", [lambda y: y.clone(), lambda y: y.clone(memory_format=torch.contiguous_format)])
+def test_hooks_of_saved_tensors_may_change_strides(change: object) -> None:
+    x, valid, weight, bias = inputs(2, 2, 60, 12, 6, 3)
+    wide = torch.zeros(2, 60, 2, 40)
+    wide[..., :12] = x.permute(1, 2, 0, 3)
+    leaves = [wide[..., :12].permute(2, 0, 1, 3).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: change(y.detach()), lambda y: y):  # type: ignore[operator]
+        out = grouped_convolution(leaves[0], valid, leaves[1], leaves[2], 2)
+    assert_close(list(torch.autograd.grad(out.square().sum(), leaves)), expected_gradients((x, valid, weight, bias)))
+
+
+def test_what_is_not_contiguous_and_gradients_of_gradients() -> None:
+    x, valid, weight, bias = inputs(2, 2, 60, 12, 6, 3)
+    turned = x.mT.contiguous().mT
+    assert turned.stride(3) != 1
+    leaves = [turned.requires_grad_(), weight.to(memory_format=torch.channels_last).requires_grad_(), bias]
+    bias.requires_grad_()
+    for create in (False, True):
+        out = grouped_convolution(leaves[0], valid, leaves[1], leaves[2], 2)
+        found = torch.autograd.grad(out.square().sum(), leaves, create_graph=create)
+        assert_close([y.detach() for y in found], expected_gradients((x, valid, weight, bias)))
+    assert all(y.requires_grad for y in found)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_frozen_inputs(wanted: tuple[bool, ...]) -> None:
+    x, valid, weight, bias = inputs(2, 2, 60, 12, 6, 3)
+    leaves = [y.clone().requires_grad_(want) for y, want in zip((x, weight, bias), wanted, strict=True)]
+    out = grouped_convolution(leaves[0], valid, leaves[1], leaves[2], 2)
+    assert out.requires_grad == any(wanted)
+    expected = expected_gradients((x, valid, weight, bias))
+    if any(wanted):
+        out.square().sum().backward()
+        pairs = [(y.grad, e) for y, e, want in zip(leaves, expected, wanted, strict=True) if want]
+        assert_close(*map(list, zip(*pairs, strict=True)))
+    assert all(y.grad is None for y, want in zip(leaves, wanted, strict=True) if not want)
+
+
+def test_batched_gradients_and_autocast() -> None:
+    x, valid, weight, bias = inputs(2, 2, 60, 12, 6, 3)
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(0)
+    out = grouped_convolution(leaf, valid, weight, bias, 2, 0.3)
+    grads = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, leaf, grads, is_grads_batched=True, retain_graph=True)
+    for one, grad in zip(batched, grads, strict=True):
+        torch.testing.assert_close(
+            one, torch.autograd.grad(out, leaf, grad, retain_graph=True)[0], rtol=1e-4, atol=1e-5
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as where there is no compiler
+        assert grouped_convolution(x, valid, weight, bias, 2).dtype == torch.bfloat16
+
+
+def test_biases_of_long_inputs_learn_exactly() -> None:
+    x, weight, bias = torch.randn(1, 1, 200_000, 4), torch.zeros(4, 4, 1, 1), torch.ones(4).requires_grad_()
+    out = grouped_convolution(x, torch.ones(1, 200_000, dtype=torch.bool), weight, bias)
+    grad = torch.rand_like(out)
+    slope = torch.sigmoid(torch.ones(())) * (1 + 1 - torch.sigmoid(torch.ones(())))
+    expected = (grad.double() * slope.double()).sum((0, 1, 2))
+    assert ((torch.autograd.grad(out, bias, grad)[0] - expected).abs() / expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"valid": lambda y: y[:, :5]}, ValueError, "valid .* does not fit"),
+        ({"valid": lambda y: y[:1].expand(3, -1)}, ValueError, "valid .* does not fit"),
+        ({"valid": lambda y: y.long()}, TypeError, "dtype torch.int64"),
+        ({"weight": lambda y: y[:, :4]}, ValueError, "asks for weights"),
+        ({"weight": lambda y: y[:5]}, ValueError, "asks for weights"),
+        ({"bias": lambda y: y[:1]}, ValueError, "asks for weights"),
+        ({"x": lambda y: y[0]}, ValueError, "four dimensions"),
+        ({"x": lambda y: y[:, :, :4], "valid": lambda y: y[:, :4]}, ValueError, "too few"),
+        ({"p": lambda _: -0.1}, ValueError, "p is -0.1"),
+        ({"p": lambda _: 1.5}, ValueError, "p is 1.5"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bad_arguments_are_named(dtype: torch.dtype, change: dict, error: type[Exception], words: str) -> None:
+    x, valid, weight, bias = inputs(2, 2, 60, 12, 6, 3)
+    given = {"x": x.to(dtype), "valid": valid, "weight": weight.to(dtype), "bias": bias.to(dtype), "p": 0.0}
+    given |= {name: function(given[name]) for name, function in change.items()}
+    with pytest.raises(error, match=words):
+        grouped_convolution(**given, dilation=2)  # type: ignore[arg-type]
 
 
 def test_second_derivatives() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from holdfast.mixers.base import require
 from holdfast.ops import one_token
 from holdfast.ops.grouped_convolution import grouped_convolution, serves
+from holdfast.ops.native import is_plain
 
 # From so many tokens on, on a CPU without gradients and without C++, the framework's grouped convolutions are faster
 # than batched products of taps laid side by side (docs/performance.md).
@@ -88,21 +89,18 @@ class ConvScorer(nn.Module):
             x = x.reshape(1, heads * batch, length, channels)
             valid = valid.expand(batch, -1).repeat(heads, 1)
         for conv in self.conv_stack.convs:
-            assert isinstance(conv, _ScorerConv)
-            dropout = self.dropout if self.training else 0.0
-            x = grouped_convolution(x, valid, conv.weight, conv.bias, conv.dilation[1], dropout)
+            x = conv(x, valid, self.dropout if self.training else 0.0)
             valid = self._inner(valid, x.shape[2])
-        proj = self.conv_stack.proj
-        weight, bias = proj.weight.view(len(x), -1, 1), proj.bias.view(-1, 1, 1)
-        logits = torch.baddbmm(bias, x.flatten(1, 2), weight).view(heads, batch, -1).permute(1, 2, 0)
+        logits = self.conv_stack.proj(x).view(heads, batch, -1).permute(1, 2, 0)
         return torch.sigmoid(logits.float()) - self.threshold
 
     def _is_long_and_plain(self, features: Tensor) -> bool:
         if not features.is_cpu or features.dtype != torch.float32 or features.shape[0] * features.shape[1] < _LONG:
             return False
-        if serves(features, *self.conv_stack.parameters()):
-            return False
-        learns = features.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        parameters = list(self.parameters())
+        if serves(features, *parameters) or not all(is_plain(y) for y in parameters):
+            return False  # C++ is faster, and parameters that a hook brings are not there yet
+        learns = features.requires_grad or any(weight.requires_grad for weight in parameters)
         return not (self.training and self.dropout) and not (torch.is_grad_enabled() and learns)
 
     def _inner(self, valid: Tensor, length: int) -> Tensor:
@@ -155,6 +153,17 @@ class _ScorerConv(nn.Conv2d):
 
     def __init__(self, groups: int, inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> None:
         super().__init__(groups * inputs, groups * outputs, (1, kernel), dilation=(1, dilation), groups=groups)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        """[groups, B, T, C] → [groups, B, T', C']: a `grouped_convolution` of the columns where `valid` [B or 1, T] is
+        True; without it, of a kernel of size 1, the plain product.
+        """
+        if valid is not None:
+            return grouped_convolution(x, valid, self.weight, self.bias, self.dilation[1], dropout)
+        groups, batch, length, channels = x.shape
+        weight = self.weight.view(groups, -1, channels).mT
+        rows = x.reshape(groups, batch * length, channels)
+        return torch.baddbmm(self.bias.view(groups, 1, -1), rows, weight).view(groups, batch, length, -1)
 
     def init_weights(self, init: Any) -> None:
         init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")

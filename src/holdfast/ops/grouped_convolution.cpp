@@ -1,5 +1,5 @@
-// The scorer's convolution over time: masked columns, dropout, products and SiLU in one pass, a tile of columns at a time,
-// which never leaves the cache; shapes as in grouped_convolution.py.
+// The scorer's convolution over time: masked columns, dropout, products and SiLU in one pass, a tile of columns at a time;
+// shapes as in grouped_convolution.py.
 
 #include <algorithm>
 #include <cstdint>
@@ -27,7 +27,8 @@ struct Tensors {
   const float *weight, *bias;     // [groups, outputs, channels, kernel], [groups, outputs]
   float *sums, *out;              // [groups, batch, length - reach, outputs]; sums, before SiLU, for the backward pass
   const float* d_out;
-  float *dx, *d_weight, *d_bias;  // dx as x, but contiguous; [workers, ...] like weight and bias, which begin as zeros
+  float* dx;                      // as x, but contiguous
+  float *d_weight, *d_bias;       // [workers, ...] like weight and bias, which begin as zeros
 };
 }
 
@@ -48,7 +49,7 @@ uint64_t random(uint64_t seed, uint64_t counter) {
   return z ^ (z >> 31);
 }
 
-// What dropout multiplies the numbers of a row with, in whole panels. Each takes 16 bits of a hash (Wellons' lowbias32) of
+// What dropout multiplies the numbers of a row with, in whole panels. Each takes 16 bits of a hash (Wellons' triple32) of
 // its place with two keys of the row, so that the backward pass draws the same again, in any order.
 void find_factors(const Sizes& sizes, int64_t row, float* factors) {
   const uint64_t keys = random(sizes.seed, row);
@@ -61,11 +62,12 @@ void find_factors(const Sizes& sizes, int64_t row, float* factors) {
   const uint32_t dropped = sizes.dropped;
   for (int64_t c = 0; c < sizes.channels; c += kPanel, first += kLanes) {
     Words x = first;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = ((x ^ (x >> 15)) + second) * 0x846ca68bu;
-    x ^= x >> 16;
-    store(factors + c, (Vec)(((x & 0xffffu) >= dropped) & factor));
-    store(factors + c + kLanes, (Vec)(((x >> 16) >= dropped) & factor));
+    x = (x ^ (x >> 17)) * 0xed5ad4bbu;
+    x = ((x ^ (x >> 11)) + second) * 0xac4c1b51u;
+    x = (x ^ (x >> 15)) * 0x31848babu;
+    x ^= x >> 14;
+    const Vec even = (Vec)(((x & 0xffffu) >= dropped) & factor), odd = (Vec)(((x >> 16) >= dropped) & factor);
+    store_in_turn(factors + c, even, odd);  // the same numbers whatever the width of vectors
   }
 }
 
@@ -157,8 +159,8 @@ class Backward : Pass {
       : Pass(sizes, tensors),
         d_sums_(arena_.grid(kTile + reach_, sizes.outputs)),
         d_input_(arena_.grid(kTile, sizes.channels)),
-        d_weight_(tensors.d_weight + worker * sizes.groups * sizes.outputs * sizes.channels * sizes.kernel),
-        d_bias_(tensors.d_bias + worker * sizes.groups * sizes.outputs) {
+        worker_(worker),
+        d_bias_(sizes.outputs) {
     for (int64_t tap = 0; tap < sizes.kernel; ++tap) {
       weights_.push_back(arena_.grid(sizes.outputs, sizes.channels));
       d_weights_.push_back(arena_.grid(sizes.channels, sizes.outputs));
@@ -171,13 +173,17 @@ class Backward : Pass {
       for (int64_t c = 0; c < sizes_.channels; ++c)
         for (int64_t tap = 0; tap < sizes_.kernel; ++tap) weights_[tap].row(o)[c] = *weight++;
     for (const Grid& grid : d_weights_) std::fill_n(grid.data, sizes_.channels * grid.stride, 0.0f);
+    std::fill(d_bias_.begin(), d_bias_.end(), 0.0);
   }
 
   void end(int64_t group) {
-    float* to = d_weight_ + group * sizes_.outputs * sizes_.channels * sizes_.kernel;
+    if (!t_.d_weight) return;
+    const int64_t at = (worker_ * sizes_.groups + group) * sizes_.outputs;
+    float* to = t_.d_weight + at * sizes_.channels * sizes_.kernel;
     for (int64_t o = 0; o < sizes_.outputs; ++o)
       for (int64_t c = 0; c < sizes_.channels; ++c)
         for (int64_t tap = 0; tap < sizes_.kernel; ++tap) *to++ += d_weights_[tap].row(c)[o];
+    for (int64_t o = 0; o < sizes_.outputs; ++o) t_.d_bias[at + o] += d_bias_[o];
   }
 
   // Columns of the input.
@@ -189,12 +195,12 @@ class Backward : Pass {
   void tile(int64_t group, int64_t b, int64_t first, int64_t count) {
     read_gradients(group, b, first, count);
     read(group, b, first, count);
+    for (int64_t tap = 0; t_.d_weight && tap < sizes_.kernel; ++tap)
+      product<true, true>(sizes_.channels, count, sizes_.outputs, input_, d_sums(tap), d_weights_[tap]);
+    if (!t_.dx) return;
     for (int64_t i = 0; i < count; ++i) std::fill_n(d_input_.row(i), padded(sizes_.channels), 0.0f);
-    for (int64_t tap = 0; tap < sizes_.kernel; ++tap) {
-      const Grid d_sums = from(d_sums_, reach_ - tap * sizes_.dilation);
-      product<false, true>(count, sizes_.outputs, sizes_.channels, d_sums, weights_[tap], d_input_);
-      product<true, true>(sizes_.channels, count, sizes_.outputs, input_, d_sums, d_weights_[tap]);
-    }
+    for (int64_t tap = 0; tap < sizes_.kernel; ++tap)
+      product<false, true>(count, sizes_.outputs, sizes_.channels, d_sums(tap), weights_[tap], d_input_);
     for (int64_t i = 0; i < count; ++i) {
       float* to = t_.dx + row(group, b, first + i) * sizes_.channels;
       const float* d_input = d_input_.row(i);
@@ -208,10 +214,12 @@ class Backward : Pass {
     }
   }
 
+  // Of the sums that read the tile's columns at a tap.
+  Grid d_sums(int64_t tap) const { return from(d_sums_, reach_ - tap * sizes_.dilation); }
+
   // Gradients of the sums that read the columns, those first - reach ... first + count - 1; zeros beyond the ends.
   void read_gradients(int64_t group, int64_t b, int64_t first, int64_t count) {
     const int64_t outputs = sizes_.outputs;
-    float* d_bias = d_bias_ + group * outputs;
     for (int64_t i = 0; i < count + reach_; ++i) {
       const int64_t time = first - reach_ + i;
       float* to = d_sums_.row(i);
@@ -223,12 +231,13 @@ class Backward : Pass {
       for (int64_t o = 0; o < outputs; ++o) to[o] *= t_.d_out[at + o];
       std::fill(to + outputs, to + padded(outputs), 0.0f);
       if (i >= reach_)
-        for (int64_t o = 0; o < outputs; ++o) d_bias[o] += to[o];
+        for (int64_t o = 0; o < outputs; ++o) d_bias_[o] += to[o];
     }
   }
 
   Grid d_sums_, d_input_;
-  float *d_weight_, *d_bias_;
+  const int64_t worker_;
+  std::vector<double> d_bias_;
   std::vector<Grid> weights_, d_weights_;
 };
 
@@ -252,11 +261,11 @@ void run(const Sizes& sizes, const Tensors& tensors, const Team* team, int64_t w
 
 extern "C" {
 
-void holdfast_convolve(const Sizes* sizes, const Tensors* tensors, const Team* team, int64_t workers) {
+void holdfast_grouped_convolution(const Sizes* sizes, const Tensors* tensors, const Team* team, int64_t workers) {
   run<Forward>(*sizes, *tensors, team, workers);
 }
 
-void holdfast_convolve_backward(const Sizes* sizes, const Tensors* tensors, const Team* team, int64_t workers) {
+void holdfast_grouped_convolution_backward(const Sizes* sizes, const Tensors* tensors, const Team* team, int64_t workers) {
   run<Backward>(*sizes, *tensors, team, workers);
 }
 

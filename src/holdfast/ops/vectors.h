@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -73,7 +74,7 @@ inline Vec slope(Vec x, Vec s) { return s * (1.0f + x * (1.0f - s)); }
 
 #if __has_builtin(__builtin_shufflevector)
 // Lanes of a and b in turn, from their first halves or from their second ones.
-template <int kFirst, size_t... lane>
+template <int kFirst, std::size_t... lane>
 inline Vec interleave(Vec a, Vec b, std::index_sequence<lane...>) {
   return __builtin_shufflevector(a, b, int(kFirst + lane / 2 + lane % 2 * kLanes)...);
 }
@@ -96,6 +97,20 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 #else
   for (int j = 0; j < kLanes; ++j)
     for (int i = 0; i < kLanes; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+// to[2 i] = even[i], to[2 i + 1] = odd[i]
+inline void store_in_turn(float* to, Vec even, Vec odd) {
+#if __has_builtin(__builtin_shufflevector)
+  constexpr auto lanes = std::make_index_sequence<kLanes>();
+  store(to, interleave<0>(even, odd, lanes));
+  store(to + kLanes, interleave<kLanes / 2>(even, odd, lanes));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    to[2 * i] = even[i];
+    to[2 * i + 1] = odd[i];
+  }
 #endif
 }
 
