@@ -234,6 +234,12 @@ def test_no_tokens(backend: str | None) -> None:
     assert torch.equal(state, inputs["state"])
 
 
+def test_no_rows() -> None:
+    out, state = run({n: x[:0] for n, x in make_inputs(5, dtype=torch.float32).items()})
+    assert out.shape == (0, 5, HV, V)
+    assert state.shape == (0, HV, K, V)
+
+
 def test_final_state_only_on_request() -> None:
     inputs = make_inputs(3)
     for T in (0, 1, 3):

@@ -73,6 +73,8 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], words: st
 
 def test_unknown_backend_and_long_step() -> None:
     inputs = make_inputs(6)
+    with pytest.raises(TypeError, match="scale is a tensor"):
+        run(inputs, scale=torch.tensor(0.5))
     with pytest.raises(ValueError, match="reference, chunked, native, fla"):
         run(inputs, backend="triton")
     with pytest.raises(ValueError, match="one token but got 6"):

@@ -98,6 +98,7 @@ def test_what_is_not_a_number_stays_in_its_sequence_and_head() -> None:
         spoiled[name][0, 70:, 0] = math.nan
     actual = values_and_gradients(spoiled, backend="native")
     assert actual["out"][0, 70:, 0].isnan().all()
+    assert torch.equal(actual["out"][0, :60], expected["out"][0, :60])
     for name, x in expected.items():
         if x.ndim == 4:
             heads = x.shape[1 if "state" in name else 2]
@@ -163,6 +164,45 @@ def test_well_formed_custom_ops(packed: bool) -> None:
     )
     torch.library.opcheck(native._forward, leaves)
     torch.library.opcheck(native._backward, backward)
+
+
+def test_an_exported_program_can_be_trained() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return gated_delta_rule(*given, backend="native")[0]
+
+    given = [make_inputs(70, dtype=torch.float32)[n] for n in NAMES[:5]]
+    program = torch.export.export(Model(), tuple(given)).module()
+    leaf = given[2].clone().requires_grad_()
+    found, expected = (
+        torch.autograd.grad(model(*given[:2], leaf, *given[3:]).sin().sum(), leaf)[0] for model in (program, Model())
+    )
+    assert torch.equal(found, expected)
+
+
+def test_compiled_packings_are_one_graph_and_are_checked() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def packed(*given: Tensor) -> Tensor:
+        return gated_delta_rule(*given[:5], cu_seqlens=given[5], backend="native")[0]
+
+    compiled = torch.compile(packed, backend=counter, fullgraph=True, dynamic=True)
+    inputs = [make_inputs(100, B=1, dtype=torch.float32)[n] for n in NAMES[:5]]
+    for count in (3, 4, 5, 6, 7):
+        offsets = torch.linspace(0, 100, count + 1).long()
+        torch.testing.assert_close(compiled(*inputs, offsets), packed(*inputs, offsets))
+    assert counter.frame_count <= 2
+    for offsets in ([0, 30, 130], [0, 30, 90], [5, 30, 100], [0, 40, 30, 100]):
+        with pytest.raises(ValueError, match="rise from 0 to T = 100"):
+            compiled(*inputs, torch.tensor(offsets))
+
+
+def test_derivatives_forwards() -> None:
+    inputs = make_inputs(20, dtype=torch.float32)
+    given = [inputs[n] for n in NAMES[:5]]
+    _, actual = torch.func.jvp(lambda v: gated_delta_rule(*given[:2], v, *given[3:])[0], (given[2],), (given[2],))
+    torch.testing.assert_close(actual, gated_delta_rule(*given)[0])  # linear in v, from a state of zeros
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from holdfast.ops import one_token
 from holdfast.ops.precision import compute_dtype, without_autocast
@@ -64,7 +65,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes do not fit together, the backend is unknown, or cu_seqlens comes with a state.
-        TypeError: cu_seqlens is not integer, or a tensor is not floating.
+        TypeError: cu_seqlens is not integer, a tensor is not floating, or scale is a tensor.
         ImportError: backend "fla" without fla-core.
         RuntimeError: backend "native" without a compiler, on another device, or for float64.
     """
@@ -73,10 +74,12 @@ def gated_delta_rule(
         _check_packing(v, initial_state, output_final_state, cu_seqlens)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: take one of {', '.join(_BACKENDS)}, or None.")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale is a tensor: give a number, or scale q.")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     (B, T, Hv, V), dtype = v.shape, compute_dtype(v)
     state = v.new_zeros(B, Hv, k.shape[-1], V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    if T == 0:
+    if B * T == 0:
         out, final_state = torch.empty_like(v), state
     elif T == 1 and backend is None and cu_seqlens is None:
         out, final_state = gated_delta_step(q, k, v, g, beta, state, scale=scale)
@@ -125,6 +128,8 @@ def gated_delta_step(
 
 
 def _best_backend(k: Tensor, v: Tensor) -> str:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "reference"  # the others have no derivative forwards
     if native.supports(k, v):
         return "native"
     if v.device.type != "cuda" or not fla.supports(v.dtype):

@@ -52,16 +52,17 @@ def gated_delta_rule_native(
     """Arguments and result as in `holdfast.ops.gated_delta_rule.gated_delta_rule`; T ≥ 1, state in float32.
 
     With cu_seqlens the initial state is not read, and the final one is that of the last sequence.
-    Time O(T·(C·(K + V) + K·V)) per head for chunks of C tokens; memory O(1) beyond the output, and for a backward pass
-    O(T·V) plus one state per chunk.
+    Time O(T·(C·(K + V) + K·V)) per head for chunks of C tokens. Inputs of lower precision are copied to float32; beyond
+    that and the output, memory O(1), and for a backward pass O(T·V) plus one state per chunk.
 
     Raises:
         RuntimeError: there is no C++ compiler, or v is neither on the CPU nor float32, bfloat16 or float16.
     """
     inputs = (q, k, v, g, beta, state)
-    if v.device.type != "cpu" or compute_dtype(v) != torch.float32 or not is_available():
+    if v.device.type != "cpu" or compute_dtype(v) != torch.float32 or _num_threads() == 0:
         raise RuntimeError("backend 'native' needs a C++ compiler, and tensors on the CPU of at most float32.")
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    # An exported program may be trained later.
+    keep = torch.compiler.is_exporting() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
     out, final_state, *_ = _forward(*(x.float() for x in inputs), cu_seqlens, scale, keep)
     return out.to(v.dtype), final_state
 
@@ -92,7 +93,11 @@ def _run(name: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: floa
     given = {"k": k, "v": v, "offsets": offsets, **tensors}
     given = {key: x if x is None else x.contiguous() for key, x in given.items()}
     (B, T, Hk, K), (Hv, V) = k.shape, v.shape[2:]
-    sequences = 1 if offsets is None else len(offsets) - 1
+    sequences = 1
+    if offsets is not None:  # the caller has not looked at its values where a compiler traced it
+        sequences = offsets.shape[0] - 1
+        if B != 1 or offsets[0] != 0 or offsets[-1] != T or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, but is {offsets.tolist()}.")
     sizes = _Sizes(B, T, Hk, Hv // Hk, K, V, _chunk_length(K, V), sequences, _slots(v, K, cu_seqlens), scale)
     pointers = _Tensors(**{key: x if x is None else x.data_ptr() for key, x in given.items()})
     arguments = ctypes.byref(sizes), ctypes.byref(pointers)
@@ -107,7 +112,7 @@ def _chunk_length(K: int, V: int) -> int:
 def _slots(v: Tensor, K: int, cu_seqlens: Tensor | None) -> int:
     """Chunks there can be: the last of each sequence may be short."""
     T, C = v.shape[1], _chunk_length(K, v.shape[3])
-    return (T + C - 1) // C if cu_seqlens is None else T // C + len(cu_seqlens) - 1
+    return (T + C - 1) // C if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
 
 
 @torch.library.custom_op("holdfast::gated_delta_native", mutates_args=())
