@@ -120,7 +120,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
+        gate, up = _saved(ctx)
         if _needs_pytorch(grad):
             return _by_pytorch(lambda gate, up: F.silu(gate) * up, (gate, up), grad)
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
@@ -138,7 +138,7 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin = _saved(ctx)
         if _needs_pytorch(grad):
             first, second = grad.chunk(2, dim=-1)
             cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
@@ -156,7 +156,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gate, scales = ctx.saved_tensors
+        x, weight, gate, scales = _saved(ctx)
         divisor, eps = ctx.settings
         if _needs_pytorch(grad):
 
@@ -188,7 +188,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, past, weight, sums = ctx.saved_tensors
+        x, past, weight, sums = _saved(ctx)
         if _needs_pytorch(grad):
 
             def function(x: Tensor, weight: Tensor) -> Tensor:
@@ -204,6 +204,11 @@ class _Convolution(torch.autograd.Function):
         sizes = (*x.shape, len(weight))
         _call("holdfast_convolution_backward", *given, d_sums, dx, d_weights, *sizes, team, workers)
         return dx, None, None if d_weights is None else d_weights.sum(0)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """Saved tensors as C++ reads them: hooks (offloading, quantising) may have changed their layout."""
+    return tuple(x if x is None else x.contiguous() for x in ctx.saved_tensors)
 
 
 def _needs_pytorch(grad: Tensor) -> bool:
