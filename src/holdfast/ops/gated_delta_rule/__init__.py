@@ -54,9 +54,9 @@ def gated_delta_rule(
             state, and some may be empty. Its values are checked only on the CPU and outside torch.compile, to spare
             a device synchronisation. Excludes initial_state and output_final_state.
         backend: "reference" (token by token), "chunked" (PyTorch, any device), "native" (C++, CPU, no float64) or "fla"
-            (fla-core, CUDA). None takes native where there is a compiler, and heads and rows for at least half of the
-            threads; fla on CUDA where it keeps the precision of v (bfloat16, float16, and float32 where
-            `torch.set_float32_matmul_precision` allows TF32); otherwise chunked. One token takes `gated_delta_step`.
+            (fla-core, CUDA). None takes native where there are a compiler and work for half of the threads; fla where
+            it keeps the precision of v (not float32, unless `torch.set_float32_matmul_precision` allows TF32);
+            otherwise chunked. One token takes `gated_delta_step`.
 
     Returns:
         (out, final_state): out [B, T, Hv, V] in v's dtype; final_state [B, Hv, K, V] in float32 (float64 for
@@ -74,9 +74,7 @@ def gated_delta_rule(
         _check_packing(v, initial_state, output_final_state, cu_seqlens)
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: take one of {', '.join(_BACKENDS)}, or None.")
-    if isinstance(scale, Tensor):
-        raise TypeError("scale is a tensor: give a number, or scale q.")
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = _number(scale, k)
     (B, T, Hv, V), dtype = v.shape, compute_dtype(v)
     state = v.new_zeros(B, Hv, k.shape[-1], V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if B * T == 0:
@@ -111,7 +109,7 @@ def gated_delta_step(
     (B, T, Hv, V), (Hk, K) = v.shape, k.shape[2:]
     if T != 1:
         raise ValueError(f"gated_delta_step takes one token but got {T}: call gated_delta_rule.")
-    scale = K**-0.5 if scale is None else scale
+    scale = _number(scale, k)
     if one_token.serves(q, k, v, g, beta, state):
         return one_token.delta(q, k, v, g, beta, state, scale)
     dtype = compute_dtype(v)
@@ -125,6 +123,12 @@ def gated_delta_step(
         new_state = torch.addcmul(kept, k_row.mT, correction)
         out = (q_row * scale) @ new_state
     return out.reshape(B, 1, Hv, V).to(v.dtype), new_state.view(B, Hv, K, V)
+
+
+def _number(scale: float | None, k: Tensor) -> float:
+    if isinstance(scale, Tensor):
+        raise TypeError("scale is a tensor: give a number, or scale q.")
+    return k.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _best_backend(k: Tensor, v: Tensor) -> str:
