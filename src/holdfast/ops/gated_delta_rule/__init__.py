@@ -66,8 +66,7 @@ def gated_delta_rule(
     Raises:
         ValueError: shapes do not fit together, the backend is unknown, or cu_seqlens comes with a state.
         TypeError: cu_seqlens is not integer, a tensor is not floating, or scale is a tensor.
-        ImportError: backend "fla" without fla-core.
-        RuntimeError: backend "native" without a compiler, on another device, or for float64.
+        ImportError, RuntimeError: "fla" without fla-core, "native" without a compiler, off the CPU or for float64.
     """
     _check(q, k, v, g, beta, initial_state)
     if cu_seqlens is not None:
