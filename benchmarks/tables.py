@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -315,6 +316,22 @@ def laptops() -> str:
     return table(columns.split("|"), rows) + (f"\n\nNot trained yet: {', '.join(missing)}." if missing else "")
 
 
+def laptop_differences() -> str:
+    """How much greater the perplexities of the laptop recipes are than GDN's, seed by seed, on the same blocks."""
+    lengths, seeds = ("512", "2048"), (0, 1, 2)
+    found = {(n, seed): read(f"perplexity-books-{n}-seed{seed}")["models"] for n in lengths for seed in seeds}
+
+    def told(difference: Mapping[str, Any]) -> str:
+        low, value, high = (
+            math.expm1(x) for x in (difference["interval"][0], difference["value"], difference["interval"][1])
+        )
+        return f"{value:+.1%} ({low:+.1%} to {high:+.1%})".replace("%", " %")
+
+    names = [name for name, result in found[lengths[0], 0].items() if result["difference"] is not None]
+    rows = [[laptop_title(name), *(told(models[name]["difference"]) for models in found.values())] for name in names]
+    return table(["model", *(f"{int(n):,}, seed {seed}" for n, seed in found)], rows)
+
+
 def side_by_side(form: str, values: Iterable[Any]) -> str:
     return " / ".join(form.format(value) for value in values)
 
@@ -353,7 +370,7 @@ PARTS: dict[str, Callable[..., str]] = {
     part.__name__: part
     for part in (
         *(machine, source, what, demo, lengths, turns, scorers, variants, steered),
-        *(laptops, laptop_heads, needle_books, books, efficiency),
+        *(laptops, laptop_differences, laptop_heads, needle_books, books, efficiency),
     )
 }
 
