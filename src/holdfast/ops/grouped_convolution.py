@@ -57,7 +57,7 @@ def grouped_convolution(
         TypeError: valid is not bool.
     """
     _check(x, valid, weight, bias, dilation, p)
-    if p == 1 or torch.is_autocast_enabled(x.device.type) or not serves(x, weight, bias):
+    if p == 1 or not serves(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         x = _masked(x, valid)
         return _by_pytorch(F.dropout(x, p) if p else x, weight, bias, dilation)
     inputs = (x if x.stride(3) == 1 else x.contiguous(), valid.contiguous(), weight.contiguous(), bias.contiguous())
