@@ -62,7 +62,7 @@ class RulerSettings:
         if not all(0 <= depth <= 100 for depth in self.depths):
             raise ValueError(f"depths are {self.depths}; give 0 to 100 percent.")
         if (needs := [task for task in self.tasks if RULER_TASKS[task].haystack == "essays"]) and self.essays is None:
-            raise ValueError(f"{needs[0]} hides needles in essays; give text files as the haystack (--haystack DIRECTORY).")
+            raise ValueError(f"{needs[0]} hides needles in essays; give text files as the haystack (--haystack PATH).")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; a hash and a length stand for the essays."""
