@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from holdfast.data.text import PackedText, byte_tokenizer, pack
 from holdfast.data.token_bytes import TokenBytes
 from holdfast.evaluation.perplexity import PerplexityResult, evaluate_perplexity, plot_perplexity
+from holdfast.evaluation.perplexity_result import exp_interval
 from holdfast.evaluation.ratios import student_quantile
 
 VOCABULARY = 259
@@ -35,6 +36,11 @@ def blocks_of(count: int, length: int, *, isolate: bool = False) -> list[dict[st
     documents = [rng.integers(1, 250, size) for size in rng.integers(1, 40, count * length)]
     packed = pack(documents, length, eos_token_id=258, isolate=isolate)
     return [packed[index] for index in range(count)]
+
+
+def test_no_interval_of_a_perplexity_ends_below_one() -> None:
+    assert exp_interval((-3.0, 0.5)) == (1.0, math.exp(0.5))
+    assert exp_interval(None) is None
 
 
 @pytest.mark.parametrize("isolate", [False, True])

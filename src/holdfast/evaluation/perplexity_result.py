@@ -249,8 +249,8 @@ def plot_perplexity(
 
 
 def exp_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Interval of a perplexity, or of a ratio of two, from that of mean negative log-likelihoods."""
-    return None if interval is None else (perplexity(interval[0]), perplexity(interval[1]))
+    """Interval of a perplexity, which is at least 1, from that of a mean negative log-likelihood."""
+    return None if interval is None else (perplexity(max(0.0, interval[0])), perplexity(max(0.0, interval[1])))
 
 
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:

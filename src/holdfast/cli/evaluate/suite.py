@@ -41,9 +41,9 @@ TEXTS = ("data", "haystack")
 
 @dataclass(frozen=True)
 class All:
-    """Every evaluation that fits the models, and one page: an overview with one number of each evaluation for each
-    model, then every table and picture, machine, versions, seeds and commit. What does not fit is left out, and the
-    page says why.
+    """Every evaluation that fits the models (lm-eval has a command of its own), and one page: an overview with one
+    number of each evaluation for each model, then every table and picture, machine, versions, seeds and commit. What
+    does not fit is left out, and the page says why.
 
     Each evaluation leaves its numbers in the output directory. A run that was interrupted goes on there, and what was
     measured of the same models and texts with the same settings is not measured again. An evaluation that fails is
