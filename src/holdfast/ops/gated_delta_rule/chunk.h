@@ -78,6 +78,16 @@ void turn(const Grid& from, int64_t rows, int64_t columns, const Grid& to) {
     }
 }
 
+// A state [dim, value_dim] as a grid; zeros where there is none.
+void load_state(const Sizes& sizes, const float* from, const Grid& to) {
+  std::fill_n(to.data, sizes.dim * to.stride, 0.0f);
+  for (int64_t c = 0; from && c < sizes.dim; ++c) std::copy_n(from + c * sizes.value_dim, sizes.value_dim, to.row(c));
+}
+
+void save_state(const Sizes& sizes, const Grid& from, float* to) {
+  for (int64_t c = 0; c < sizes.dim; ++c) std::copy_n(from.row(c), sizes.value_dim, to + c * sizes.value_dim);
+}
+
 // What both passes need of a chunk and a value head.
 class Head {
  public:

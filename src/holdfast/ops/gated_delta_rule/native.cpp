@@ -29,17 +29,17 @@ class Forward {
         out_(head.arena.grid(sizes.chunk, sizes.value_dim)) {}
 
   void run() {
-    begin();
+    load_state(sizes_, t_.offsets ? nullptr : t_.initial + head.state_at(), state_);
     for (size_t n = 0; n < chunks_.size(); ++n) {
       const Chunk& chunk = chunks_[n];
-      if (chunk.opens && n) clear();
-      if (t_.states) copy_state(t_.states + head.slot_at(n));
+      if (chunk.opens && n) load_state(sizes_, nullptr, state_);
+      if (t_.states) save_state(sizes_, state_, t_.states + head.slot_at(n));
       head.read(t_, chunk);
       find_errors(chunk);
       answer(chunk);
       leave();
     }
-    copy_state(t_.final_state + head.state_at());
+    save_state(sizes_, state_, t_.final_state + head.state_at());
     const int64_t used = chunks_.size(), size = sizes_.dim * sizes_.value_dim;
     if (t_.states) std::fill_n(t_.states + head.slot_at(used), (sizes_.slots - used) * size, 0.0f);
   }
@@ -52,19 +52,6 @@ class Forward {
   Head head;
 
  private:
-  void begin() {
-    clear();
-    if (!t_.offsets)
-      for (int64_t c = 0; c < sizes_.dim; ++c)
-        std::copy_n(t_.initial + head.state_at() + c * sizes_.value_dim, sizes_.value_dim, state_.row(c));
-  }
-
-  void clear() { std::fill_n(state_.data, sizes_.dim * state_.stride, 0.0f); }
-
-  void copy_state(float* to) const {
-    for (int64_t c = 0; c < sizes_.dim; ++c) std::copy_n(state_.row(c), sizes_.value_dim, to + c * sizes_.value_dim);
-  }
-
   // By substitution, some rows at a time.
   void find_errors(const Chunk& chunk) {
     const int64_t length = head.length, width = padded(sizes_.value_dim);
@@ -132,10 +119,10 @@ class Backward {
         d_total_(sizes.chunk) {}
 
   void run() {
-    begin();
+    load_state(sizes_, t_.d_final && !t_.offsets ? t_.d_final + head.state_at() : nullptr, d_state_);
     for (size_t n = chunks_.size(); n-- > 0;) {
       const Chunk& chunk = chunks_[n];
-      if (chunk.closes && n + 1 < chunks_.size()) clear();
+      if (chunk.closes && n + 1 < chunks_.size()) load_state(sizes_, nullptr, d_state_);
       head.read(t_, chunk);
       read(chunk, t_.states + head.slot_at(n));
       differentiate_written(chunk);
@@ -143,13 +130,8 @@ class Backward {
       differentiate_states();
       write(chunk);
     }
-    for (int64_t c = 0; c < sizes_.dim; ++c) {
-      float* to = t_.d_initial + head.state_at() + c * sizes_.value_dim;
-      if (t_.offsets)
-        std::fill_n(to, sizes_.value_dim, 0.0f);
-      else
-        std::copy_n(d_state_.row(c), sizes_.value_dim, to);
-    }
+    if (t_.offsets) load_state(sizes_, nullptr, d_state_);  // there was no initial state
+    save_state(sizes_, d_state_, t_.d_initial + head.state_at());
   }
 
  private:
@@ -160,15 +142,6 @@ class Backward {
   Head head;
 
  private:
-  void begin() {
-    clear();
-    if (t_.d_final && !t_.offsets)
-      for (int64_t c = 0; c < sizes_.dim; ++c)
-        std::copy_n(t_.d_final + head.state_at() + c * sizes_.value_dim, sizes_.value_dim, d_state_.row(c));
-  }
-
-  void clear() { std::fill_n(d_state_.data, sizes_.dim * d_state_.stride, 0.0f); }
-
   void read(const Chunk& chunk, float* state) {
     const int64_t value_dim = sizes_.value_dim;
     for (int64_t i = 0; i < head.length; ++i) {
