@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import holdfast
+
 BARE = """
 import socket, sys
 for name in ("triton", "fla"):
@@ -48,3 +50,12 @@ def test_neither_triton_nor_a_gpu_nor_a_network_is_needed() -> None:
 def test_importing_takes_under_a_second_beyond_the_base_classes_of_transformers() -> None:
     """Processor time, which other processes on the machine do not stretch much."""
     assert float(run(COST)) < 1
+
+
+def test_dir_names_what_users_need_and_no_tools_of_the_module() -> None:
+    names = run("import holdfast, holdfast.ops; print(*dir(holdfast))").split()
+    public = {name for name in names if not name.startswith("_")}
+    modules = set(run("import sys, holdfast, holdfast.ops; print(*sys.modules)").split())
+    assert public >= {*holdfast.__all__, "ops"}
+    assert {f"holdfast.{name}" for name in public - {*holdfast.__all__}} <= modules
+    assert {"__doc__", "__version__"} <= set(names)

@@ -6,6 +6,8 @@ needs a model: PyTorch and transformers take seconds to import, and a help text 
 
 from __future__ import annotations
 
+import sys
+
 from holdfast.process import end_on_interrupt, is_command_line
 
 if is_command_line():
@@ -40,4 +42,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The names for users and the submodules imported so far, without what is at work here."""
+    submodules = {name for name in globals() if f"{__name__}.{name}" in sys.modules}
+    return sorted({*__all__, *submodules, *(name for name in globals() if name.startswith("__"))})
