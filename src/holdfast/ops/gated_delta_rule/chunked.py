@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.ops.precision import compute_dtype, without_autocast
+from holdfast.ops.second_derivatives import refuse_in
 
 
 def gated_delta_rule_chunked(
@@ -204,3 +205,4 @@ def _differentiate(
 
 
 _scan.register_autograd(_differentiate, setup_context=_save_for_backward)
+refuse_in("gated_delta_rule", "chunked", _scan_backward)

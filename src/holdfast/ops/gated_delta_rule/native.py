@@ -9,6 +9,7 @@ from torch import Tensor
 
 from holdfast.ops.native import GRIDS, VECTORS, Functions
 from holdfast.ops.precision import compute_dtype
+from holdfast.ops.second_derivatives import refuse_in
 from holdfast.ops.threads import in_threads
 
 _SOURCE, _CHUNK = (Path(__file__).with_name(name) for name in ("native.cpp", "chunk.h"))
@@ -200,3 +201,4 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: N
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+refuse_in("gated_delta_rule", "native", _backward)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.tiles import attend, attend_backward, of_tile, tiles
+from holdfast.ops.second_derivatives import refuse_in
 
 
 @torch.library.custom_op("holdfast::compressed_attention", mutates_args=())
@@ -160,3 +161,4 @@ def _differentiate(ctx: Any, grad: Tensor, _log_sum: Tensor, _chosen: None) -> t
 
 
 compressed_attention.register_autograd(_differentiate, setup_context=_setup)
+refuse_in("native_sparse_attention", "blocked", _backward)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from holdfast.ops.native_sparse_attention.by_block import by_block, by_block_backward
 from holdfast.ops.native_sparse_attention.tiles import attend, attend_backward, most_scores, of_tile, tiles
+from holdfast.ops.second_derivatives import refuse_in
 
 # Up to this many queries, their keys are gathered.
 _FEW_QUERIES = 16
@@ -109,6 +110,7 @@ def _differentiate(ctx: Any, grad: Tensor, _log_sum: Tensor) -> tuple[Tensor | N
 
 
 selected_attention.register_autograd(_differentiate, setup_context=_setup)
+refuse_in("native_sparse_attention", "blocked", _backward)
 
 
 def _tiles(

@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.ops.native_sparse_attention.triton.launch import Shape, by_rows
 from holdfast.ops.native_sparse_attention.triton.sizes import Sizes, sizes_for
 from holdfast.ops.retained_attention.triton.sizes import device_kind
+from holdfast.ops.second_derivatives import refuse_in
 
 
 @torch.library.custom_op("holdfast::nsa_compressed", mutates_args=())
@@ -264,6 +265,13 @@ def _gated_sum_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
 compressed_attention.register_autograd(_compressed_gradients, setup_context=_keep_compressed)
 selected_attention.register_autograd(_selected_gradients, setup_context=_keep_selected)
 gated_sum.register_autograd(_gated_sum_gradients, setup_context=_keep_branches)
+refuse_in(
+    "native_sparse_attention",
+    "triton",
+    compressed_attention_backward,
+    selected_attention_backward,
+    gated_sum_backward,
+)
 
 
 def _sizes(q: Tensor, v: Tensor, *, packed: bool = False) -> Sizes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.ops.retained_attention.triton import sizes
+from holdfast.ops.second_derivatives import refuse_in
 
 
 @torch.library.custom_op("holdfast::retention_plan", mutates_args=())
@@ -94,6 +95,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 attend.register_autograd(_gradients, setup_context=_keep)
+refuse_in("retained_attention", "triton", attend_backward)
 
 
 def _tiles(q: Tensor, v: Tensor) -> sizes.Tiles:
