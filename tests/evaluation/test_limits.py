@@ -7,6 +7,7 @@ from listener import config
 from templates import tokenizer_with
 from tokenizers import Regex
 from tokenizers.normalizers import Replace
+from torch import nn
 
 from holdfast.cli import main
 from holdfast.data.recall import RecallSample
@@ -48,7 +49,7 @@ def test_generate_reads_what_the_model_knows_and_refuses_what_it_does_not(
 
 
 def test_no_prompt_is_asked_with_a_token_behind_it() -> None:
-    class Model:
+    class Model(nn.Module):
         config = config()
 
     with pytest.raises(ValueError, match="behind every text"):

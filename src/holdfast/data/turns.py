@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from holdfast.data.key_words import ADJECTIVES, NOUNS
 from holdfast.data.needle import NeedleTask
@@ -105,6 +105,7 @@ class TurnPlan:
         return left[told] > 0 and all(kept[later] - 1 >= needed[later] for later in range(told, turn + 1))
 
 
+@runtime_checkable
 class TurnScript(Protocol):
     """What `holdfast.evaluation.turns.evaluate_turns` asks of a kind of conversation.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from holdfast.evaluation.arguments import check_token_ids
+
 __all__ = ["device_of", "evaluating", "one_sequence", "perplexity"]
 
 
@@ -33,9 +35,13 @@ def one_sequence(input_ids: Tensor) -> Tensor:
     """`input_ids` [T] or [1, T] as [1, T].
 
     Raises:
+        TypeError: if they are no tensor of integers.
         ValueError: if there is more than one sequence.
     """
+    check_token_ids("input_ids", input_ids, "[T] or [1, T]")
     ids = input_ids.reshape(1, -1) if input_ids.dim() == 1 else input_ids
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids have the shape {list(ids.shape)}; give [T] or [1, T].")
     if ids.shape[0] != 1:
         raise ValueError(f"input_ids holds {ids.shape[0]} sequences; give one.")
     return ids

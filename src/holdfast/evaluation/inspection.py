@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from holdfast.evaluation.arguments import check_model
 from holdfast.evaluation.inference import device_of, evaluating, one_sequence
 from holdfast.files import write_text
 from holdfast.mixers import LearnedEviction, NativeSparseAttention
@@ -70,8 +71,10 @@ def inspect_sequence(model: HybridForCausalLM, input_ids: Tensor) -> list[Inspec
         One entry per such layer, first to last. O(T) numbers per head, O(T · n) for selections of n blocks.
 
     Raises:
+        TypeError: if they are no model and no token ids.
         ValueError: if the model has no such layer, if there is more than one sequence, or no token.
     """
+    check_model(model, hybrid=True)
     ids = one_sequence(input_ids)
     if ids.shape[1] == 0:
         raise ValueError("there is nothing to inspect: the sequence is empty.")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from holdfast.data.needle import NeedleTask
 from holdfast.data.progress import track
+from holdfast.evaluation.arguments import check_kind, check_log, check_model
 from holdfast.evaluation.inference import device_of, evaluating, perplexity
 from holdfast.evaluation.intervals import Share, draw_shares, effective_count
 from holdfast.evaluation.sample_log import SampleLog
@@ -135,10 +136,14 @@ def evaluate_needle(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
+        TypeError: an argument is no model, no task or no log.
         ValueError: `samples` or `batch_size` is below 1, or the model's vocabulary is smaller than the task's.
     """
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size is {batch_size}; give at least 1 for both.")
+    check_model(model)
+    check_kind("task", task, NeedleTask, "a NeedleTask")
+    check_log(log)
     device = device_of(model) if device is None else torch.device(device)
     log = SampleLog(None, {}) if log is None else log
     generator = np.random.default_rng(seed)

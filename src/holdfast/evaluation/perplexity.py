@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from holdfast.data.progress import track
 from holdfast.data.text import collate_isolated
 from holdfast.data.token_bytes import TokenBytes
+from holdfast.evaluation.arguments import as_blocks, check_kind, check_log, check_model
 from holdfast.evaluation.inference import device_of, evaluating
 from holdfast.evaluation.perplexity_result import BlockSums, PerplexityResult, PositionBin, plot_perplexity
 from holdfast.evaluation.ratios import Estimate
@@ -30,7 +31,7 @@ TOKENS_AT_ONCE = 1024  # whose logits are held
 
 def evaluate_perplexity(
     model: nn.Module,
-    blocks: Iterable[dict[str, torch.Tensor]],
+    blocks: Iterable[dict[str, torch.Tensor] | torch.Tensor],
     *,
     batch_size: int = 8,
     max_blocks: int | None = None,
@@ -50,7 +51,7 @@ def evaluate_perplexity(
         model: called as `model(input_ids=…, use_cache=False)`, int64 [B, L]; its `.logits` are [B, L, V]. Blocks with
             `cu_seqlens` are joined, and it is called with `input_ids` [1, B·L] and `cu_seqlens`. It stays where it is.
         blocks: such as a `PackedText`: dictionaries with `input_ids`, int64 [L], all of one length, and optionally
-            `labels` (aligned; −100 is not counted) and `cu_seqlens`.
+            `labels` (aligned; −100 is not counted) and `cu_seqlens`; or bare `input_ids`, int64 [N, L] too.
         batch_size: blocks per call B, at least 1.
         max_blocks: read the first blocks only; None reads all.
         position_bins: number of bins of (nearly) equal width over the positions.
@@ -62,16 +63,22 @@ def evaluate_perplexity(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
+        TypeError: an argument is no model, no blocks, no `TokenBytes` or no log.
         ValueError: a count is below 1, blocks differ in length, or there is no token to predict.
     """
     counts = {"batch_size": batch_size, "position_bins": position_bins, "max_blocks": max_blocks}
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}; give at least 1.")
+    check_model(model)
+    check_log(log)
+    if token_bytes is not None:
+        check_kind("token_bytes", token_bytes, TokenBytes, "TokenBytes.of(tokenizer)")
+    read = as_blocks(blocks)
     device = device_of(model) if device is None else torch.device(device)
     log = SampleLog(None, {}) if log is None else log
     total = math.ceil(min(len(blocks), max_blocks or len(blocks)) / batch_size) if isinstance(blocks, Sized) else None
-    batches = _batches(itertools.islice(blocks, max_blocks), batch_size)
+    batches = _batches(itertools.islice(read, max_blocks), batch_size)
     edges = np.zeros(1, dtype=np.int64)
     names: list[str] = []
     with evaluating(model):

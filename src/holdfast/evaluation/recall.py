@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.data.progress import track
 from holdfast.data.recall import RecallSample
+from holdfast.evaluation.arguments import check_kind, check_log, check_model, check_tokenizer_kind
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, effective_count
@@ -64,8 +65,16 @@ def evaluate_recall(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
+        TypeError: an argument is no model, no tokenizer, no samples or no log.
         ValueError: there is no sample, a count is below 1, or the tokenizer or a prompt does not fit the model.
     """
+    check_model(model, hybrid=True)
+    check_tokenizer_kind(tokenizer)
+    check_log(log)
+    wanted = "RecallSamples, such as those of holdfast.data.recall.load_recall('squad', path)"
+    check_kind("samples", samples, Sequence, f"a list of {wanted}")
+    for index, sample in enumerate(samples):
+        check_kind(f"sample {index}", sample, RecallSample, wanted)
     if not samples or min(new_tokens, batch_size) < 1:
         raise ValueError("give at least one sample, and new_tokens and batch_size of at least 1.")
     check_tokenizer(tokenizer, model.config)

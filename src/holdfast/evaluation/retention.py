@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from holdfast.evaluation.arguments import check_model
 from holdfast.evaluation.inference import device_of, evaluating, one_sequence
 from holdfast.evaluation.token_rows import Span, TokenRow, plot_token_rows
 from holdfast.mixers import LearnedEviction
@@ -56,8 +57,10 @@ def retention_map(model: HybridForCausalLM, input_ids: Tensor) -> list[LayerRete
         One entry per layer of learned eviction, on the CPU.
 
     Raises:
+        TypeError: if they are no model and no token ids.
         ValueError: if the model has no such layer, or if there is more than one sequence.
     """
+    check_model(model, hybrid=True)
     ids = one_sequence(input_ids)
     if not model.model.has_scorers:
         raise ValueError("the model has no layer of learned eviction, so nothing is chosen to be kept.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from holdfast.data.progress import track
 from holdfast.data.ruler import RULER_TASKS, Essays, RulerSample, RulerSampler
+from holdfast.evaluation.arguments import check_kind, check_log, check_model, check_tokenizer_kind
 from holdfast.evaluation.conversation import Conversation
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share
@@ -158,8 +159,13 @@ def evaluate_ruler(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
+        TypeError: an argument is no model, no tokenizer, no settings or no log.
         ValueError: if the tokenizer or a length does not fit the model, or needles and question do not fit in a length.
     """
+    check_model(model, hybrid=True)
+    check_tokenizer_kind(tokenizer)
+    check_kind("settings", settings, RulerSettings, "RulerSettings(…)")
+    check_log(log)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1.")
     check_tokenizer(tokenizer, model.config)

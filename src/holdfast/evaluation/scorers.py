@@ -19,6 +19,7 @@ import statistics
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from holdfast.configuration import HybridConfig
+from holdfast.evaluation.arguments import check_kind, check_log, check_model
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.mixers import GatedDeltaNet, LearnedEviction
 from holdfast.mixers.layout import TokenLayout
@@ -216,12 +218,16 @@ def scoring(model: HybridForCausalLM, scorer: str, budget: int) -> Iterator[None
         budget: slots of each store, sinks included.
 
     Raises:
+        TypeError: an argument is no model, no name or no number.
         ValueError: the scorer is unknown, the model has no such layer or not what the scorer needs, or the budget is
             smaller than the number of sinks; and by a pass inside, if what the scorer returns are no scores.
 
     Warns:
         UserWarning: of a pass inside, if no pair of a layer scores above 0, so that its store holds only sinks.
     """
+    check_model(model, hybrid=True)
+    check_kind("scorer", scorer, str, "its name in SCORERS, where one of your own goes first")
+    check_kind("budget", budget, Integral, "a number of slots")
     if scorer not in SCORERS:
         raise ValueError(f"no scorer is named {scorer!r}; there are {', '.join(SCORERS)}.")
     layers = _layers(model)
@@ -309,8 +315,13 @@ def compare_scorers(
         Scorer, budget and what `measure` returned, one by one.
 
     Raises:
-        ValueError: as `scoring`.
+        TypeError, ValueError: as `scoring`, and where `measure` is no function, or scorers and budgets are no lists.
     """
+    check_kind("measure", measure, Callable, "a function without arguments that measures the model")
+    check_kind("budgets", budgets, Sequence, "a list of numbers")
+    if scorers is not None:
+        check_kind("scorers", scorers, Sequence, "a list of names in SCORERS, or None for all")
+    check_log(log)
     log = SampleLog(None, {}) if log is None else log
     names = tuple(SCORERS) if scorers is None else scorers
     for budget in budgets:

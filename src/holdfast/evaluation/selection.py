@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from holdfast.evaluation.arguments import check_model
 from holdfast.evaluation.inference import device_of, evaluating, one_sequence
 from holdfast.evaluation.token_rows import Span, TokenRow, plot_token_rows
 from holdfast.mixers import NativeSparseAttention
@@ -48,8 +49,10 @@ def selection_map(model: HybridForCausalLM, input_ids: Tensor) -> list[LayerSele
         One entry per layer of native sparse attention, on the CPU.
 
     Raises:
+        TypeError: if they are no model and no token ids.
         ValueError: if the model has no such layer, or if there is more than one sequence.
     """
+    check_model(model, hybrid=True)
     ids = one_sequence(input_ids)
     blocks = [block.attn for block in model.model.layers]
     mixers = [(n, mixer) for n, mixer in enumerate(blocks) if isinstance(mixer, NativeSparseAttention)]

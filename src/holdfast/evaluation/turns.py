@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from holdfast.data.progress import track
 from holdfast.data.turns import Question, TurnScript
+from holdfast.evaluation.arguments import check_kind, check_log, check_model
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, draw_shares, effective_count
@@ -82,9 +83,13 @@ def evaluate_turns(
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
+        TypeError: an argument is no model, no script or no log.
         ValueError: a count is below 1, or the conversation or its tokenizer does not fit the model.
         RuntimeError: the cache has not seen exactly the tokens that were said, each once.
     """
+    check_model(model, hybrid=True)
+    check_kind("script", script, TurnScript, "NeedleTurns(…) or TextTurns(…)")
+    check_log(log)
     if min(conversations, batch_size) < 1:
         raise ValueError(f"conversations is {conversations}, batch_size is {batch_size}; give at least 1 of each.")
     if model.config.vocab_size < script.vocab_size:
