@@ -9,10 +9,10 @@ from types import CodeType
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast import HybridForCausalLM
 from holdfast.cli import main
-from holdfast.data.needle import NeedleTask
 from holdfast.data.text import byte_tokenizer
 from holdfast.evaluation.intervals import wilson_interval
 from holdfast.evaluation.ruler import RulerSettings
@@ -27,13 +27,30 @@ def code_of(section: str) -> CodeType:
     return compile(code, "docs/evaluation.md", "exec")
 
 
+def test_the_evaluations_of_the_page_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code_of("From Python"), names)
+    result = names["result"]
+    assert result.blocks == len(names["blocks"]) > 8
+    assert result.bits_per_byte == pytest.approx(result.bits_per_token)  # a byte is a token, and the text one document
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{result.perplexity} {result.perplexity_interval} {result.bits_per_byte}"
+    assert len(Path("perplexity.samples.jsonl").read_text().splitlines()) == result.blocks
+    assert Path("perplexity.png").stat().st_size > 1000
+    assert "A random model" in Path("inspection.html").read_text(encoding="utf-8")
+
+
 def test_a_scorer_of_ones_own_is_entered_and_compared(
-    small_model: Callable[..., HybridForCausalLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     two = {name: SCORERS[name] for name in ("value_norm", "recency")}  # others than the page's: enough, and quick
     monkeypatch.setattr("holdfast.evaluation.scorers.SCORERS", two)
-    task = NeedleTask(length=48, num_pairs=6, num_keys=8, num_values=8, num_noise=4, window=6)
-    names: dict[str, Any] = {"model": small_model("gated_deltanet", "learned_eviction"), "task": task}
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
     exec(code_of("A scorer of one's own"), names)
     assert set(names["results"]) == {
         (name, size) for name in ("value_norm", "recency", "small_values") for size in (8, 16)
