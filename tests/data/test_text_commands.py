@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from text_files import write_rows
@@ -67,6 +69,10 @@ def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.M
         data = dataclasses.replace(data, in_memory=0, length=64, lanes=2)
         kinds.append(type(training_blocks(data, load_tokenizer("tokenizers/mine"), seed=0, workers=0)))
     assert kinds == [TextStream, ConcatDataset]
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("2048", "64"), "docs/data.md", "exec"), names)
+    assert names["batch"]["input_ids"].shape[1] == 64
 
 
 def test_a_tokenizer_of_the_first_characters(corpus: Path, tmp_path: Path) -> None:
