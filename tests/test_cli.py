@@ -164,11 +164,12 @@ def test_wrong_calls_are_refused_in_one_line(
 
 def test_a_close_option_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "train", "needle-gdn", "--training.max-step", "3")
-    assert "2 holdfast: Unrecognized options: --training.max-step, 3; did you mean --training.max-steps?" in error
+    assert "2 holdfast: Unrecognized option: --training.max-step; did you mean --training.max-steps?" in error
     assert "`holdfast train needle-gdn --help`" in error
     error = refused(capsys, "train", "needle-gdn", "--training.save-steps", "3")
     assert "did you mean --training.save-every?" in error
-    assert "invalid literal for int" in refused(capsys, "train", "needle-gdn", "--training.max-steps", "x")
+    error = refused(capsys, "train", "needle-gdn", "--training.max-steps", "x")
+    assert error.startswith("2 holdfast: --training.max-steps is 'x'; give an integer.")
     assert "'z'" in refused(capsys, "info", "needle-gdn", "--dtype", "z")
     # --samples is an option of another evaluation.
     error = refused(capsys, "evaluate", "recall", "model", "--tasks", "squad", "--samples", "20")

@@ -15,6 +15,7 @@ from holdfast import __version__
 from holdfast.cli.allocation import keep_freed_memory
 from holdfast.cli.errors import UsageError, one_line
 from holdfast.process import INTERRUPTED, raising_interrupts
+from holdfast.settings import suggest
 
 __all__ = ["COMMANDS", "main"]
 
@@ -101,7 +102,7 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[0] in COMMANDS:
         importlib.import_module(f"holdfast.cli.{arguments[0]}").run(arguments[1:])
     else:
-        raise UsageError(f"There is no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+        raise UsageError(f"There is no command {arguments[0]!r}{suggest(arguments[0], COMMANDS)}.")
 
 
 def _complain(message: str, status: int) -> int:

@@ -15,6 +15,7 @@ from holdfast.cli.common import error_console, output_console
 from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
 from holdfast.files import write_json
+from holdfast.settings import suggest
 
 if TYPE_CHECKING:
     from holdfast.kernels import CompiledKernel
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     from holdfast.kernels import TARGETS, compile_kernel, require_compiler, selected_kernels
 
     if unknown := [target for target in settings.targets if target not in TARGETS]:
-        raise UsageError(f"There is no target {unknown[0]!r}; the targets are {', '.join(TARGETS)}.")
+        raise UsageError(f"There is no target {unknown[0]!r}{suggest(unknown[0], TARGETS)}.")
     require_compiler()
     jobs = selected_kernels(settings.names, settings.targets)
     if not jobs:

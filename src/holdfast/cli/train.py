@@ -19,14 +19,17 @@ USAGE = """\
 usage: holdfast train RECIPE [--resume] [OVERRIDES]
        holdfast train --list
 
-Train a model from scratch by a recipe. The run is written to runs/NAME: the recipe as used, metrics.jsonl, checkpoints,
-and at the end the model. RECIPE is the name of a recipe that comes with holdfast, or the path of a TOML file.
+Train a model from scratch by a recipe. The run is written to runs/NAME: the
+recipe as used, metrics.jsonl, checkpoints, and at the end the model. RECIPE is
+the name of a recipe that comes with holdfast, or the path of a TOML file.
 
 options:
   --list      Show the recipes that come with holdfast.
-  --resume    Continue the run from its last checkpoint; from scratch if it has none. RECIPE may be the directory of a
-              run then, wherever it lies now.
-  OVERRIDES   Any setting of the recipe; `holdfast train RECIPE --help` shows them with their values.
+  --resume    Continue the run from its last checkpoint; from scratch if it has
+              none. RECIPE may be the directory of a run then, wherever it lies
+              now.
+  OVERRIDES   Any setting of the recipe; `holdfast train RECIPE --help` shows
+              them with their values.
 
 examples:
   holdfast train needle-lalte

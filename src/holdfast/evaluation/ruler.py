@@ -20,6 +20,7 @@ from holdfast.evaluation.intervals import Share
 from holdfast.evaluation.limits import check_length, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
+from holdfast.settings import suggest
 
 __all__ = ["RulerCell", "RulerResult", "RulerSettings", "evaluate_ruler", "found_answers", "plot_ruler"]
 
@@ -51,7 +52,7 @@ class RulerSettings:
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in RULER_TASKS]:
-            raise ValueError(f"there is no task {unknown[0]}; give some of {', '.join(RULER_TASKS)}.")
+            raise ValueError(f"there is no task {unknown[0]!r}{suggest(unknown[0], RULER_TASKS)}.")
         if not (self.tasks and self.lengths and self.depths):
             raise ValueError("give at least one task, one length and one depth.")
         for name in ("tasks", "lengths", "depths"):

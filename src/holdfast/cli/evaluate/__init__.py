@@ -20,6 +20,7 @@ from holdfast.cli.evaluate.scorers import Scorers
 from holdfast.cli.evaluate.suite import All
 from holdfast.cli.evaluate.turns import Turns
 from holdfast.cli.parsing import parse
+from holdfast.settings import suggest
 
 DESCRIPTION = """\
 Measure trained models, each a directory or a model on the hub (OWNER/NAME[@REVISION]).
@@ -85,7 +86,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
         UsageError: if there is none of this name, or an argument is wrong.
     """
     if not arguments[0].startswith("-") and arguments[0] not in NAMES:
-        raise UsageError(f"There is no evaluation {arguments[0]!r}; the evaluations are {', '.join(NAMES)}.")
+        raise UsageError(f"There is no evaluation {arguments[0]!r}{suggest(arguments[0], NAMES)}.")
     try:
         return parse(EVALUATIONS, arguments, prog="holdfast evaluate", description=DESCRIPTION)
     except UsageError as error:

@@ -14,6 +14,7 @@ from holdfast.cli.common import read_task
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import read_text_models, refuse_lengths, usage_errors
 from holdfast.cli.evaluate.perplexity import TextBlocks
+from holdfast.settings import suggest
 
 if TYPE_CHECKING:
     from holdfast.data.needle import NeedleTask
@@ -72,7 +73,7 @@ def one_pass_measures(
     from holdfast.evaluation.forced import answer_tokens
 
     if unknown := [task for task in names if task not in RULER_TASKS]:
-        raise UsageError(f"There is no task {unknown[0]}; give some of {', '.join(RULER_TASKS)}.")
+        raise UsageError(f"There is no task {unknown[0]!r}{suggest(unknown[0], RULER_TASKS)}.")
     depths = [100 * (index + 0.5) / samples for index in range(samples)]
     given = {"length": length, "essays": None if essays is None else essays.sha256, "seed": seed, "dtype": dtype}
     measures: dict[Path, Measure] = {}

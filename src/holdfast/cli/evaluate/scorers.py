@@ -26,6 +26,7 @@ from holdfast.cli.evaluate.common import (
 from holdfast.cli.evaluate.perplexity import TextBlocks, block_length
 from holdfast.cli.evaluate.scorer_measures import Measure, one_pass_measures, own_task_measures, text_measures
 from holdfast.cli.evaluate.scorer_tables import Measured, draw, model_cells, tables
+from holdfast.settings import suggest
 
 if TYPE_CHECKING:
     from holdfast.data.ruler import Essays
@@ -110,7 +111,7 @@ class Scorers:
         directories = list(dict.fromkeys(model_directories(self.models, "scorers")))  # none counts twice
         scorers = tuple(dict.fromkeys(self.scorers or SCORERS))
         if unknown := [name for name in scorers if name not in SCORERS]:
-            raise UsageError(f"No scorer is named {unknown[0]}; there are {', '.join(SCORERS)}.")
+            raise UsageError(f"There is no scorer {unknown[0]!r}{suggest(unknown[0], SCORERS)}.")
         budgets = tuple(dict.fromkeys(self.budgets))
         # What does not fit is refused before the first is measured.
         scorers = self._fitting(scorers, budgets, directories)
