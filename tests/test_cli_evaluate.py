@@ -307,7 +307,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "--data holds one task; say which with --tasks": ["recall", text, "--data", str(squad)],
         "nowhere.txt does not exist": [*argv["needle"], "--haystack", str(tmp_path / "nowhere.txt")],
         "niah_single_3 hides needles in essays": [*argv["needle"], "--tasks", "niah_single_3"],
-        "there is no task niah_9": [*argv["needle"], "--tasks", "niah_9"],
+        "there is no task 'niah_9'": [*argv["needle"], "--tasks", "niah_9"],
         "give a file that ends in .png, .svg, .pdf": [*argv["turns"], "--plot", "picture.jpg"],
         "which some of the models cannot read": ["turns", text, tokens, "--haystack", str(squad)],
         "40 keys, the task has 32": ["turns", tokens, "--facts", "5", "--turn-length", "20"],
@@ -328,8 +328,9 @@ def test_a_model_that_an_option_has_taken_is_named(models: Path, capsys: pytest.
 
 
 def test_an_evaluation_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    names = "needle, recall, turns, perplexity, scorers, efficiency, lm-eval, all."
-    assert f"There is no evaluation 'nedle'; the evaluations are {names}\n" in refused(capsys, "nedle", "runs/x")
+    assert "There is no evaluation 'nedle' (did you mean 'needle'?).\n" in refused(capsys, "nedle", "runs/x")
+    names = "all, efficiency, lm-eval, needle, perplexity, recall, scorers, turns"
+    assert f"There is no evaluation 'runs/x' (known: {names}).\n" in refused(capsys, "runs/x", "needle")
 
 
 def test_another_file_is_not_taken_for_a_log(models: Path, squad: Path, tmp_path: Path) -> None:

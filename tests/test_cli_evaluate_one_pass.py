@@ -381,7 +381,7 @@ def test_scorers_are_asked_for_needles_in_one_pass(models: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "niah_single_9"], "There is no task niah_single_9; give some of niah_single_1"),
+        (["--tasks", "niah_single_9"], "There is no task 'niah_single_9' (did you mean 'niah_single_"),
         (["--tasks", "niah_multiquery", "--length", "3000", "--beyond"], "hides needles in essays"),
         (["--tasks", "niah_single_1"], "more than the length of 64; give a greater one"),
         (["--tasks", "niah_single_1", "--split", "train"], "no text is read; leave --split out"),

@@ -175,7 +175,7 @@ def test_plots_come_from_the_files_alone(tmp_path: Path, capsys: pytest.CaptureF
         (["train", "--size", "huge"], "'huge'"),
         (["plot"], "Give at least one file of results"),
         (["plot", "absent.json"], "There is no file absent.json"),
-        (["measure"], "Unrecognized options: measure"),
+        (["measure"], "holdfast bench has no command 'measure'"),
         (["train", "--mixers"], "mixers"),
     ],
 )

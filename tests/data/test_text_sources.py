@@ -226,7 +226,7 @@ def test_a_missing_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("holdfast.data.sources.HubText", None)  # calling it is a TypeError
     (tmp_path / "here").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; give .*--data.source DIR"):
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; give .* the name of a hub data set\\.$"):
         load_text(name)
 
 

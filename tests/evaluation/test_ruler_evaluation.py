@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_and_more_samples_are_only_added(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("niah",)}, "there is no task niah; give some of niah_single_1, "),
+        ({"tasks": ("niah",)}, "there is no task 'niah' "),
         ({"tasks": ("niah_single_2",)}, "niah_single_2 hides needles in essays; give text files"),
         ({"depths": ()}, "at least one task, one length and one depth"),
         ({"depths": (-1,)}, "give 0 to 100 percent"),

@@ -290,6 +290,18 @@ def test_nobody_evaluates_on_what_was_trained_on(corpus, tmp_path) -> None:
         check_evaluation(TextData(str(tmp_path / "p"), validation_split="validation"))
 
 
+def test_text_that_is_not_there_is_named_with_the_recipes_option(corpus, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt does not exist; .* \(--data\.source of the recipe\)\.$"):
+        train(make_recipe(tmp_path, corpus / "absent.txt", workers=0))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "emma.txt").write_text("It was the best of times. " * 400)
+    recipe = make_recipe(tmp_path, tmp_path / "books", workers=0, validation_split="validation")
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, eval_every=6))
+    way_out = r"--data\.source of the recipe, or train without evaluations \(--data\.validation-split None\)"
+    with pytest.raises(ValueError, match=rf"ask for a split that is there \({way_out}\)\.$"):
+        train(recipe)
+
+
 def test_a_tokenizer_is_not_trained_on_the_whole_hub(monkeypatch, tmp_path) -> None:
     class Hub:
         files, name, fingerprint = 1, "org/data", ""

@@ -99,8 +99,7 @@ def load_text(
         return LocalText(name, _local_files(path, split), text_column)
     if is_missing(name):
         raise FileNotFoundError(
-            f"{name} does not exist; give a file, a directory of text files or the name of a hub data set "
-            "(for a recipe: --data.source DIR)."
+            f"{name} does not exist; give a file, a directory of text files or the name of a hub data set."
         )
     if split is None:
         raise ValueError(f"{name} is a data set of the hub; give one of its splits.")

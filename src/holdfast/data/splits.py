@@ -98,7 +98,7 @@ def _absent(directory: Path, split: str, told: Mapping[str, Path]) -> str:
     folders = " and ".join(f"{name}/" for name in dict.fromkeys(("train", "validation", split)))
     return (
         f"cannot read {directory} (split {split}): {found}; put its files into folders named {folders}, begin their "
-        "names so, or ask for a split that is there (--data.validation-split None: a recipe without evaluations)."
+        "names so, or ask for a split that is there."
     )
 
 

@@ -24,6 +24,9 @@ from holdfast.data.text import (
 )
 from holdfast.training.recipe import TextData
 
+WITHOUT_EVALUATIONS = "train without evaluations (--data.validation-split None)"
+"""A way out of text that lacks a split for them."""
+
 
 def training_blocks(data: TextData, tokenizer: PreTrainedTokenizerFast, *, seed: int, workers: int) -> Dataset:
     """What `data` says to train on: prepared blocks, small local text in memory, or else a stream.
@@ -84,12 +87,11 @@ def check_evaluation(data: TextData) -> None:
     """
     if data.validation_split is None:
         return
-    way_out = "train without evaluations (--data.validation-split None)"
-    check_told_apart(data.source, (data.split, data.validation_split), way_out)
+    check_told_apart(data.source, (data.split, data.validation_split), WITHOUT_EVALUATIONS)
     if is_prepared(data.source) and _contents(data, data.split) == _contents(data, data.validation_split):
         raise ValueError(
             f"{data.source} holds the same text as {data.split!r} and as {data.validation_split!r}: prepare them of "
-            f"different files, or {way_out}."
+            f"different files, or {WITHOUT_EVALUATIONS}."
         )
 
 
@@ -123,7 +125,13 @@ def own_tokenizer(data: TextData, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _open(data: TextData, split: str) -> TextSource:
-    return load_text(data.source, split=split, text_column=data.column, config=data.config)
+    """The text of a split; errors name the settings of the recipe."""
+    try:
+        return load_text(data.source, split=split, text_column=data.column, config=data.config)
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        way_out = f", or {WITHOUT_EVALUATIONS}" if split == data.validation_split else ""
+        raise kind(f"{str(error).rstrip('.')} (--data.source of the recipe{way_out}).") from error
 
 
 def _contents(data: TextData, split: str) -> list[list[int]]:

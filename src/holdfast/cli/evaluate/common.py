@@ -42,12 +42,12 @@ OUTPUTS = ("json", "plot", "pareto")
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Settings that do not fit together are errors of usage."""
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """Settings that do not fit together are errors of usage, with the `option` in front that they come from."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error) if option is None else f"{option}: {error}") from error
 
 
 def model_directories(names: Sequence[str], command: str) -> list[Path]:
@@ -152,7 +152,7 @@ def read_haystack(sources: Sequence[str]) -> Essays | None:
 
     if not sources:
         return None
-    with usage_errors():
+    with usage_errors("--haystack"):
         found = [load_text(source, split=None if Path(source).expanduser().exists() else "train") for source in sources]
         return Essays([text for texts in found for text in texts if isinstance(text, str)])
 

@@ -148,7 +148,7 @@ class TextBlocks:
         from holdfast.data.text import PackedText, is_prepared, load_text, load_tokenizer, open_prepared
         from holdfast.data.tokenizers import fingerprint
 
-        with usage_errors():
+        with usage_errors("--data"):
             if is_prepared(self.data):
                 self._refuse_raw()
                 if fingerprint(load_tokenizer(self.data)) != fingerprint(tokenizer):

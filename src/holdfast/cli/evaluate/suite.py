@@ -101,7 +101,7 @@ class All:
             if source is not None and is_missing(source):
                 raise UsageError(f"--{option} is {source}, which does not exist.")
         if self.data is not None and Path(self.data).exists() and not is_prepared(self.data):
-            with usage_errors():
+            with usage_errors("--data"):
                 load_text(self.data, split=self.split)  # before hours of other parts
         directories = model_directories(self.models, "all")
         self._refuse_length(directories)
