@@ -171,9 +171,9 @@ def test_a_close_option_is_proposed(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "train", "needle-gdn", "--training.max-steps", "x")
     assert error.startswith("2 holdfast: --training.max-steps is 'x'; give an integer.")
     assert "'z'" in refused(capsys, "info", "needle-gdn", "--dtype", "z")
-    # --samples is an option of another evaluation.
-    error = refused(capsys, "evaluate", "recall", "model", "--tasks", "squad", "--samples", "20")
-    assert "did you mean --samples" not in error
+    # --turn-length is an option of another evaluation.
+    error = refused(capsys, "evaluate", "recall", "model", "--tasks", "squad", "--turn-len", "20")
+    assert "did you mean" not in error
     assert "`holdfast evaluate recall --help`" in error
 
 
@@ -312,6 +312,26 @@ def test_generate_text(text_model: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "2 holdfast: The prompt is empty" in refused(capsys, "generate", text_model, "")
 
 
+def test_generating_beyond_the_length_of_training_is_said_once(
+    text_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(text_model, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+
+    def told(length: int | None, new_tokens: int) -> list[str]:
+        known = {} if length is None else {"max_position_embeddings": length}
+        (folder / "config.json").write_text(json.dumps(settings | known))
+        assert main(["generate", str(folder), "Kelp ", "--max-new-tokens", str(new_tokens)]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "was trained on" in line]
+
+    del settings["max_position_embeddings"]
+    (line,) = told(10, 6)
+    assert line.startswith(
+        f"{folder} was trained on 10 tokens at a time, and the prompt with --max-new-tokens makes 11:"
+    )
+    assert told(11, 6) == told(None, 6) == []
+
+
 def test_prompt_from_standard_input(
     text_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -335,7 +355,7 @@ def test_perplexity(text_model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     numbers = written["models"]["text"]
     assert numbers["tokens"] == numbers["blocks"] * 63 > 1000
     assert len(numbers["bins"]) == 4
-    assert main([*argv, "--max-blocks", "2", "--json", str(tmp_path / "p.json")]) == 0
+    assert main([*argv, "--samples", "2", "--json", str(tmp_path / "p.json")]) == 0
     assert json.loads((tmp_path / "p.json").read_text())["models"]["text"]["blocks"] == 2
     assert "absent.txt" in refused(capsys, "evaluate", "perplexity", text_model, "--data", str(tmp_path / "absent.txt"))
     argv[argv.index(str(data))] = str(tmp_path / "prepared")

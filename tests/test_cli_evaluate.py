@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pyte
         model.save_pretrained(folder / name)
         if name != "tokens":
             byte_tokenizer().save_pretrained(folder / name)
+    small_model("gated_deltanet", vocab_size=259).save_pretrained(folder / "plain")
     recipe = dataclasses.replace(load_recipe("needle-gdn"), data=NeedleData())
     (folder / "tokens" / "recipe.toml").write_text(to_toml(recipe))
     return folder
@@ -71,7 +73,7 @@ def commands(models: Path, squad: Path) -> dict[str, list[str]]:
     return {
         "needle": ["needle", str(models / "text"), *NEEDLE],
         "recall": ["recall", str(models / "text"), "--tasks", "squad", "--data", str(squad), "--batch-size", "3"],
-        "turns": ["turns", str(models / "tokens"), "--conversations", "5", "--batch-size", "2", "--turn-length", "14"],
+        "turns": ["turns", str(models / "tokens"), "--samples", "5", "--batch-size", "2", "--turn-length", "14"],
     }
 
 
@@ -124,7 +126,7 @@ def test_answers_of_another_commit_are_not_gone_on_from(
 
 
 def test_recall_draws_by_the_seed(models: Path, squad: Path, tmp_path: Path) -> None:
-    argv = ["evaluate", *commands(models, squad)["recall"], "--limit", "3"]
+    argv = ["evaluate", *commands(models, squad)["recall"], "--samples", "3"]
 
     def run(seed: int, name: str) -> dict[str, Any]:
         assert main([*argv, "--seed", str(seed), "--json", str(tmp_path / f"{name}.json")]) == 0
@@ -197,7 +199,7 @@ def test_text_turns_and_essays(models: Path, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "essays" / f"{number}.txt").write_text(f"Essay {number}. It is short. " * 9)
     haystack = ["--haystack", str(tmp_path / "essays")]
-    turns = ["--turns", "2", "--facts", "1", "--questions", "1", "--conversations", "2"]
+    turns = ["--turns", "2", "--facts", "1", "--questions", "1", "--samples", "2"]
     file = tmp_path / "results.json"
     assert main(["evaluate", "turns", str(models / "text"), *turns, *haystack, "--json", str(file)]) == 0
     found = json.loads(file.read_text())["models"]["text"]
@@ -223,7 +225,7 @@ def test_by_default_conversations_have_as_many_turns_as_fit(
     folder, file = tmp_path / "m", tmp_path / "r.json"
     small_model(vocab_size=259, max_position_embeddings=told).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    argv = ["turns", str(folder), "--conversations", "1", "--json", str(file)]
+    argv = ["turns", str(folder), "--samples", "1", "--json", str(file)]
     if found is None:
         assert "not even two turns with a fact each fit into the 512 tokens" in refused(capsys, *argv)
         return
@@ -241,7 +243,7 @@ def test_by_default_conversations_have_as_many_turns_as_fit(
 
 
 def test_turns_that_fit_are_not_lowered(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["evaluate", "turns", str(models / "tokens"), "--conversations", "1", "--json", str(tmp_path / "r.json")]
+    argv = ["evaluate", "turns", str(models / "tokens"), "--samples", "1", "--json", str(tmp_path / "r.json")]
     for options in ([], ["--turns", "2", "--facts", "1", "--questions", "1"]):
         assert main([*argv, *options]) == 0
         assert json.loads((tmp_path / "r.json").read_text())["settings"]["lowered_from"] is None
@@ -261,7 +263,7 @@ def test_needles_lie_by_default_in_what_every_model_was_trained_on(
 def test_models_of_one_name_are_told_apart(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokens").symlink_to(models / "tokens")
     pair = [str(models / "tokens"), str(tmp_path / "tokens")]
-    options = ["--conversations", "1", "--turns", "2", "--json", str(tmp_path / "r.json")]
+    options = ["--samples", "1", "--turns", "2", "--json", str(tmp_path / "r.json")]
     assert main(["evaluate", "turns", *pair, *options]) == 0
     names = [f"{models.name}/tokens", f"{tmp_path.name}/tokens"]
     assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == names
@@ -304,7 +306,14 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "the tokenizer has 259 tokens, ": ["turns", foreign],
         "has no tokenizer.json, so it cannot read text": ["recall", tokens, "--tasks", "squad", "--data", str(squad)],
         "nowhere.json does not exist": ["recall", text, "--tasks", "squad", "--data", str(tmp_path / "nowhere.json")],
-        "--data holds one task; say which with --tasks": ["recall", text, "--data", str(squad)],
+        "--data holds one task; say which with --tasks": ["recall", text, "--data", str(tmp_path / "rows.jsonl")],
+        "squad.json, SQuAD's questions; leave --tasks out": ["recall", text, "--data", str(squad), "--tasks", "fda"],
+        "SQuAD's questions, and no text to be read on: `holdfast evaluate recall MODEL --data": [
+            *("perplexity", text, "--data", str(squad))
+        ],
+        "--data: rows.json": ["recall", text, "--tasks", "fda", "--data", "rows.json"],
+        f"{models / 'plain'} has no layer that evicts, so no scorer decides anything: its layers are gated_deltanet; "
+        "give a model with learned_eviction": ["scorers", str(models / "plain"), "--budgets", "16"],
         "nowhere.txt does not exist": [*argv["needle"], "--haystack", str(tmp_path / "nowhere.txt")],
         "niah_single_3 hides needles in essays": [*argv["needle"], "--tasks", "niah_single_3"],
         "there is no task 'niah_9'": [*argv["needle"], "--tasks", "niah_9"],
@@ -315,6 +324,39 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     }
     for message, command in cases.items():
         assert message in refused(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "advice"),
+    [
+        ("tokens", ["--turns", "90"], " With 4 facts and 2 questions in a turn at most --turns 8 fit."),
+        (
+            "tokens",
+            ["--turns", "8", "--turn-length", "400"],
+            " With 4 facts and 2 questions in a turn at most --turns 2",
+        ),
+        ("text", ["--turns", "30"], " questions in a turn at most --turns "),
+        ("text", ["--turns", "8", "--facts", "40", "--questions", "40"], " Lower --facts or --questions, or leave "),
+    ],
+)
+def test_turns_that_do_not_fit_are_refused_with_what_fits(
+    kind: str, options: list[str], advice: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["turns", str(models / kind), "--samples", "1"]
+    error = refused(capsys, *argv, *options)
+    assert advice in error
+    if found := re.search(r"at most (--turns) (\d+) fit", error):
+        fitting = [*options[:1], found[2], *options[2:]]
+        assert main(["evaluate", *argv, *fitting]) == 0
+        assert advice in refused(capsys, *argv, *options[:1], str(int(found[2]) + 1), *options[2:])
+
+
+def test_squads_own_file_needs_no_task(models: Path, squad: Path, tmp_path: Path) -> None:
+    argv = ["recall", str(models / "text"), "--data", str(squad), "--samples", "2", "--json", str(tmp_path / "r.json")]
+    assert main(["evaluate", *argv]) == 0
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["settings"]["tasks"] == ["squad"]
+    assert list(written["models"]["text"]) == ["squad"]
 
 
 def test_a_model_that_an_option_has_taken_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,12 +391,11 @@ def test_another_file_is_not_taken_for_a_log(models: Path, squad: Path, tmp_path
         ("needle", ["--samples", "0"], "--samples is 0; give at least 1."),
         ("needle", ["--length", "64", "-1"], "--length is -1; give at least 1."),
         ("scorers", ["--samples", "0"], "--samples is 0; give at least 1."),
-        ("scorers", ["--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
         ("perplexity", ["--data", "x", "--bins", "0"], "--bins is 0; give at least 1."),
         ("perplexity", ["--data", "x", "--batch-size", "0"], "--batch-size is 0; give at least 1."),
-        ("perplexity", ["--data", "x", "--max-blocks", "0"], "--max-blocks is 0; give at least 1."),
-        ("recall", ["--limit", "0"], "--limit is 0; give at least 1."),
-        ("turns", ["--conversations", "0"], "--conversations is 0; give at least 1."),
+        ("perplexity", ["--data", "x", "--samples", "0"], "--samples is 0; give at least 1."),
+        ("recall", ["--samples", "0"], "--samples is 0; give at least 1."),
+        ("turns", ["--samples", "0"], "--samples is 0; give at least 1."),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_a_model_is_read(

@@ -53,7 +53,7 @@ def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pyte
 
 
 def command(models: Path, name: str) -> list[str]:
-    text = ["--data", str(models / "text.jsonl"), "--length", "48", "--max-blocks", "9"]
+    text = ["--data", str(models / "text.jsonl"), "--length", "48", "--samples", "9"]
     return {
         "perplexity": ["perplexity", str(models / "text"), *text, "--batch-size", "4"],
         "perplexity by document": ["perplexity", str(models / "text"), *text, "--batch-size", "4", "--isolate"],
@@ -126,7 +126,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         ("perplexity", ["--dtype", "bfloat16"], 3),
         ("perplexity", ["--length", "47"], 3),
         ("perplexity", ["--data", "other.txt"], 3),
-        ("perplexity", ["--max-blocks", "12"], 1),
+        ("perplexity", ["--samples", "12"], 1),
         ("perplexity", ["--batch-size", "2"], 0),
         ("needle", ["--seed", "1"], 3),
         ("needle", ["--dtype", "bfloat16"], 3),
@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         ("scorers", ["--samples", "8"], 14),
         ("scorers", ["--dtype", "bfloat16"], 14),
         ("scorers", ["--budgets", "5", "7"], 7),
-        ("scorers of text", ["--max-blocks", "8"], 14),
+        ("scorers of text", ["--samples", "8"], 14),
         ("scorers of text", ["--data", "other.txt"], 28),
     ],
 )
@@ -215,13 +215,10 @@ def test_options_that_would_do_nothing_are_refused_in_one_line(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = ["scorers", str(models / "tokens"), *BUDGETS]
-    for option, value in (("--length", "24"), ("--split", "train"), ("--column", "a"), ("--max-blocks", "3")):
+    for option, value in (("--length", "24"), ("--split", "train"), ("--column", "a")):
         assert f"without --data the samples of the needle task are read; leave {option} out" in refused(
             capsys, *task, option, value
         )
-    text = ["--data", str(models / "text.jsonl")]
-    told = refused(capsys, "scorers", str(models / "text"), *text, "--samples", "9")
-    assert "with --data blocks of text are read, and no samples; leave --samples out" in told
     prepared = tmp_path / "prepared"
     prepare(load_text(models / "text.jsonl"), prepared, byte_tokenizer(), split="validation")
     argv = ["perplexity", str(models / "text"), "--data", str(prepared)]
@@ -242,19 +239,19 @@ def test_by_default_as_many_blocks_are_read_at_once_as_hold_16384_tokens(
         return evaluate_perplexity(*args, batch_size=batch_size, **options)
 
     monkeypatch.setattr("holdfast.evaluation.perplexity.evaluate_perplexity", watched)
-    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "text.jsonl"), "--max-blocks", "1"]
+    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "text.jsonl"), "--samples", "1"]
     assert main([*argv, "--length", "48"]) == 0
     assert main([*argv, "--length", "48", "--batch-size", "2"]) == 0
     assert taken == [16_384 // 48, 2]
     (models / "long.txt").write_text("It was the best of times. " * 1000)
-    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "long.txt"), "--max-blocks", "1"]
+    argv = ["evaluate", "perplexity", str(models / "text"), "--data", str(models / "long.txt"), "--samples", "1"]
     assert main([*argv, "--length", "20000", "--beyond"]) == 0
     assert taken[2:] == [1]
 
 
 def test_beyond_the_length_of_training(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    text = ["--data", str(models / "text.jsonl"), "--max-blocks", "2", "--json", str(out)]
+    text = ["--data", str(models / "text.jsonl"), "--samples", "2", "--json", str(out)]
     assert main(["evaluate", "perplexity", str(models / "text"), *text]) == 0
     assert written(out)["settings"]["length"] == TOLD  # by default what the model was told of
     assert main(["evaluate", "perplexity", str(models / "text"), *text, "--length", "100", "--beyond"]) == 0

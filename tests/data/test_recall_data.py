@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from holdfast.data.recall import RecallSample, load_recall
+from holdfast.data.recall import RecallSample, is_published_squad, load_recall
 
 SQUAD = {
     "version": "v2.0",
@@ -132,3 +132,20 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"cannot read .*other\.parquet"):
         load_recall("swde", tmp_path / "other.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("dev.json", json.dumps(SQUAD), True),
+        ("dev.jsonl", json.dumps(SQUAD), False),
+        ("rows.json", json.dumps({"data": [{"text": "a", "value": "b"}]}), False),
+        ("none.json", json.dumps({"data": []}), False),
+        ("list.json", json.dumps([{"paragraphs": []}]), False),
+        ("broken.json", "{", False),
+    ],
+)
+def test_what_squads_own_file_is(tmp_path: Path, name: str, content: str, expected: bool) -> None:
+    (tmp_path / name).write_text(content)
+    assert is_published_squad(tmp_path / name) is expected
+    assert not is_published_squad(tmp_path / "absent.json")

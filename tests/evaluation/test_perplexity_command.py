@@ -69,7 +69,7 @@ def test_several_models_in_one_table_and_one_file(models: Path, capsys: pytest.C
         assert f"{100 * math.expm1(part['value']):+.2f}% ({low:+.2f}% to {high:+.2f}%)" in out
 
 
-@pytest.mark.parametrize("options", [(), ("--max-blocks", "12")])
+@pytest.mark.parametrize("options", [(), ("--samples", "12")])
 def test_models_with_other_tokenizers_read_the_same_text(
     models: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
 ) -> None:

@@ -123,7 +123,7 @@ def test_perplexity_of_text(small_model: Callable[..., HybridForCausalLM], tmp_p
     model = saved(small_model(vocab_size=259), tmp_path / "m", recipe="")
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text("All happy families are alike; every unhappy family is unhappy in its own way. " * 9)
-    options = f"--data {text} --length 64 --max-blocks 4 --scorers random recency --budgets 5 --json {out}"
+    options = f"--data {text} --length 64 --samples 4 --scorers random recency --budgets 5 --json {out}"
     assert main(["evaluate", "scorers", model, *options.split()]) == 0
     cells = json.loads(out.read_text())["models"]["m"]["cells"]
     found = {cell["scorer"]: PerplexityResult.from_dict(cell) for cell in cells}

@@ -127,6 +127,7 @@ def _continue_text(settings: Generate, directory: Path) -> None:
             raise UsageError("The prompt is empty; give at least one character.")
         config = HybridConfig.from_pretrained(directory)
         check_tokens(inputs["input_ids"][0].tolist(), tokenizer, config, name=str(directory))
+    _remark_length(directory, inputs["input_ids"].shape[1] + settings.max_new_tokens)
     model = read_model(directory, settings.dtype)
     inputs = inputs.to(model.device)
     cache = HybridCache(model.config)
@@ -140,6 +141,19 @@ def _continue_text(settings: Generate, directory: Path) -> None:
         **_sampling(settings),
     )
     _report(cache.nbytes, output.shape[1] / (time.perf_counter() - started))
+
+
+def _remark_length(directory: Path, tokens: int) -> None:
+    """Say so where `tokens` are more than the model is known to have been trained on at a time."""
+    from holdfast.configuration import HybridConfig
+
+    trained = HybridConfig.get_config_dict(directory)[0].get("max_position_embeddings")
+    if trained is not None and tokens > trained:
+        error_console().print(
+            f"{directory} was trained on {trained:,} tokens at a time, and the prompt with --max-new-tokens makes "
+            f"{tokens:,}: quality beyond {trained:,} is not assured.",
+            soft_wrap=True,
+        )
 
 
 def _report(cache_bytes: int, tokens_per_second: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.data.text import load_text
 
-__all__ = ["RECALL_TASKS", "RecallSample", "load_recall"]
+__all__ = ["RECALL_TASKS", "RecallSample", "is_published_squad", "load_recall"]
 
 RECALL_TASKS = {
     "fda": "hazyresearch/based-fda",
@@ -75,6 +75,15 @@ def load_recall(
     return [samples[place] for place in sorted(random.Random(seed).sample(range(len(samples)), limit))]
 
 
+def is_published_squad(source: str | Path) -> bool:
+    """Whether this is a file of questions as SQuAD publishes them: articles of paragraphs with questions and answers.
+
+    Reads all of a .json file, and nothing of others.
+    """
+    articles = _articles(Path(source).expanduser())
+    return bool(articles) and all(isinstance(each, dict) and "paragraphs" in each for each in articles or ())
+
+
 def _rows(source: str) -> Iterator[RecallSample]:
     """Samples from columns `text` and `value`; rows in which one of them is empty are left out."""
     texts, values = (load_text(source, split="validation", text_column=column) for column in ("text", "value"))
@@ -87,14 +96,20 @@ def _rows(source: str) -> Iterator[RecallSample]:
 
 def _published_squad(path: Path) -> Iterator[RecallSample] | None:
     """Samples of a file as SQuAD publishes it; None where it is something else."""
+    articles = _articles(path)
+    return None if articles is None else _questions(articles, path)
+
+
+def _articles(path: Path) -> list[Any] | None:
+    """What a JSON file has under `data`, where SQuAD's have articles; None of any other."""
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # lines of JSON, or no JSON at all: the reader of columns says which
         return None
-    is_published = isinstance(content, dict) and isinstance(content.get("data"), list)
-    return _questions(content["data"], path) if is_published else None
+    articles = content.get("data") if isinstance(content, dict) else None
+    return articles if isinstance(articles, list) else None
 
 
 def _questions(articles: Iterable[Mapping[str, Any]], path: Path) -> Iterator[RecallSample]:

@@ -30,7 +30,7 @@ examples:
   holdfast evaluate needle runs/needle-lalte --length 1024 --pairs 32 --beyond
   holdfast evaluate needle runs/books-lalte --tasks niah_single_1 niah_single_2 --haystack essays/ \\
       --length 1024 2048 4096 --json needle.json --plot needle.png
-  holdfast evaluate recall runs/books-lalte --beyond --tasks squad --data dev-v2.0.json
+  holdfast evaluate recall runs/books-lalte --data dev-v2.0.json --skip-long
   holdfast evaluate turns runs/needle-lalte runs/needle-gdn --plot turns.png
   holdfast evaluate perplexity runs/books-lalte --data data/books --split validation --length 2048 --beyond
   holdfast evaluate perplexity runs/books-lalte runs/books-gdn --data data/books --plot perplexity.png

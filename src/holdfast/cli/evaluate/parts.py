@@ -117,7 +117,7 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
                     questions=plan.questions,
                     lowered_from=None if wanted == (plan.turns, plan.facts, plan.questions) else wanted,
                     turn_length=told // plan.turns,
-                    conversations=max(1, chosen.samples // 8),
+                    samples=max(1, chosen.samples // 8),
                     haystack=chosen.haystack if group == text else (),
                     **_common(chosen),
                     **_files(chosen, name),
@@ -141,7 +141,7 @@ def _perplexity(chosen: All, text: tuple[Path, ...]) -> Part:
             split=chosen.split,
             length=length,
             batch_size=max(1, TOKENS_AT_ONCE // length),
-            max_blocks=max(1, chosen.samples // 8),
+            samples=max(1, chosen.samples // 8),
             beyond=chosen.beyond,
             dtype=chosen.dtype,
             **_files(chosen, "perplexity"),
@@ -158,7 +158,7 @@ def _recall(chosen: All, text: tuple[Path, ...]) -> Part:
             _names(text),
             tasks=("squad",),
             data=chosen.squad,
-            limit=chosen.samples,
+            samples=chosen.samples,
             skip_long=not chosen.beyond,
             **_common(chosen),
             json=chosen.output / "recall.json",
@@ -181,7 +181,7 @@ def _scorers(chosen: All, directory: Path, label: str) -> Part:
         if reads_text(directory):
             blocks = max(1, chosen.samples // 8)
             length = _block_length(directory)
-            measured = {"data": chosen.data, "split": chosen.split, "length": length, "max_blocks": blocks}
+            measured = {"data": chosen.data, "split": chosen.split, "length": length, "samples": blocks}
         return Scorers((str(directory),), **measured, **_common(chosen), **_files(chosen, name))
 
     return Part(title, name, (directory,), make)

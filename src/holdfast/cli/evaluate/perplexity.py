@@ -29,6 +29,7 @@ from holdfast.cli.evaluate.common import (
 )
 
 if TYPE_CHECKING:
+    from holdfast.data.text import TextSource
     from holdfast.data.token_bytes import TokenBytes
     from holdfast.evaluation.perplexity import PerplexityResult
 
@@ -65,9 +66,9 @@ class Perplexity:
     """Allow blocks longer than a model was trained on, to measure how it extrapolates: --length 4096 --beyond."""
     batch_size: int | None = None
     """Blocks read side by side; default: as many as hold 16,384 tokens, at least 1."""
-    max_blocks: int | None = None
-    """Read the first blocks only. Models with different tokenizers read the same text, to within a block: that of the
-    one whose blocks hold least."""
+    samples: int | None = None
+    """Read so many blocks, the first ones; default: all. Models with different tokenizers read the same text, to within
+    a block: that of the one whose blocks hold least."""
     bins: int = 8
     """Parts of the context that are shown one by one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,7 +82,7 @@ class Perplexity:
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
-        require_positive(self, "batch_size", "max_blocks", "bins")
+        require_positive(self, "batch_size", "samples", "bins")
         check_picture(self.plot)
 
     def run(self) -> list[Table]:
@@ -91,7 +92,7 @@ class Perplexity:
         directories = list(dict.fromkeys(model_directories(self.models, "perplexity")))
         tokenizers = read_text_models(directories, english=False)
         length = block_length(directories, self.length, self.beyond)
-        text = TextBlocks(self.data, self.split, self.column, self.config, length, self.max_blocks, self.isolate)
+        text = TextBlocks(self.data, self.split, self.column, self.config, length, self.samples, self.isolate)
         names = shown_names(directories)
         results = {}
         for directory, reading in _readings(text, tokenizers).items():
@@ -145,7 +146,7 @@ class TextBlocks:
         Raises:
             UsageError: if there is no such text, too little of it, or it was prepared with another tokenizer.
         """
-        from holdfast.data.text import PackedText, is_prepared, load_text, load_tokenizer, open_prepared
+        from holdfast.data.text import PackedText, is_prepared, load_tokenizer, open_prepared
         from holdfast.data.tokenizers import fingerprint
 
         with usage_errors("--data"):
@@ -154,9 +155,21 @@ class TextBlocks:
                 if fingerprint(load_tokenizer(self.data)) != fingerprint(tokenizer):
                     raise UsageError(f"{self.data} was prepared with another tokenizer than that of {directory}.")
                 return open_prepared(self.data, self.length, split=self.split, isolate=self.isolate)
-            texts = load_text(self.data, split=self.split, text_column=self.column, config=self.config)
+            texts = self._load()
             max_tokens = None if self.max_blocks is None else (self.max_blocks + 1) * self.length
             return PackedText.from_texts(texts, tokenizer, self.length, isolate=self.isolate, max_tokens=max_tokens)
+
+    def _load(self) -> TextSource:
+        from holdfast.data.recall import is_published_squad
+        from holdfast.data.text import load_text
+
+        try:
+            return load_text(self.data, split=self.split, text_column=self.column, config=self.config)
+        except ValueError as error:
+            if not is_published_squad(self.data):
+                raise
+            read_by = f"`holdfast evaluate recall MODEL --data {self.data}` asks them"
+            raise ValueError(f"{self.data} holds SQuAD's questions, and no text to be read on: {read_by}.") from error
 
     def _refuse_raw(self) -> None:
         """Options about raw text must not be given for prepared text: they would be ignored."""

@@ -34,14 +34,15 @@ class Recall:
 
     models: Models
     """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]), with their tokenizers."""
-    tasks: tuple[Literal["fda", "swde", "squad"], ...] = ("fda", "swde", "squad")
+    tasks: tuple[Literal["fda", "swde", "squad"], ...] = ()
+    """Default: all; of a file as SQuAD publishes it, squad."""
     data: str | None = None
     """For one task, a file instead of its data set on the hub: parquet, jsonl or json with columns text and value, for
     squad also SQuAD's published JSON; or the name of another data set."""
-    limit: int | None = None
+    samples: int | None = None
     """Ask so many samples of a task at the most, drawn at random."""
     seed: int = 0
-    """Of what is drawn with --limit."""
+    """Of what is drawn with --samples."""
     new_tokens: int = 48
     """Tokens of a continuation at the most; it also ends at a line break."""
     batch_size: int = 8
@@ -55,7 +56,7 @@ class Recall:
     goes on."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "limit", "new_tokens", "batch_size")
+        require_positive(self, "samples", "new_tokens", "batch_size")
         if self.beyond and self.skip_long:
             raise UsageError("--beyond asks what is too long, and --skip-long leaves it out; give one of them.")
 
@@ -64,10 +65,8 @@ class Recall:
         from holdfast.evaluation.recall import evaluate_recall
 
         directories = model_directories(self.models, "recall")
-        if self.data is not None and len(self.tasks) != 1:
-            raise UsageError("--data holds one task; say which with --tasks.")
         tokenizers = read_text_models(directories)
-        samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self.tasks}
+        samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self._tasks()}
         samples = self._that_fit(samples, tokenizers)
         names = shown_names(directories)
         results: dict[str, dict[str, RecallResult]] = {}
@@ -91,14 +90,31 @@ class Recall:
             self._write(self.json, results)
         return [table]
 
+    def _tasks(self) -> tuple[str, ...]:
+        """Those that are asked for, or all; of a file the one that it holds."""
+        from holdfast.data.recall import RECALL_TASKS, is_published_squad
+
+        tasks: tuple[str, ...] = self.tasks or tuple(RECALL_TASKS)
+        if self.data is None:
+            return tasks
+        if is_published_squad(self.data):
+            if "squad" not in tasks:
+                raise UsageError(f"--data is {self.data}, SQuAD's questions; leave --tasks out, or give --tasks squad.")
+            return ("squad",)
+        if len(tasks) > 1:
+            raise UsageError("--data holds one task; say which with --tasks.")
+        return tasks
+
     def _load(self, task: str) -> list[RecallSample]:
         from holdfast.data.recall import load_recall
 
         try:
-            return load_recall(task, self.data, limit=self.limit, seed=self.seed)
+            return load_recall(task, self.data, limit=self.samples, seed=self.seed)
         except (ValueError, FileNotFoundError) as error:
-            advice = f"; or give a file of the task: --tasks {task} --data FILE" if self.data is None else ""
-            raise UsageError(f"{one_line(error)}{advice}") from error
+            if self.data is not None:
+                raise UsageError(f"--data: {one_line(error)}") from error
+            advice = f"or give a file of the task: --tasks {task} --data FILE"
+            raise UsageError(f"{one_line(error)}; {advice}") from error
 
     def _that_fit(
         self, samples: Mapping[str, list[RecallSample]], tokenizers: Mapping[Path, Any]
@@ -127,9 +143,9 @@ class Recall:
 
     def _write(self, path: Path, results: Mapping[str, Mapping[str, RecallResult]]) -> None:
         settings = {
-            "tasks": list(self.tasks),
+            "tasks": list(next(iter(results.values()))),
             "data": None if self.data is None else Path(self.data).name,
-            "limit": self.limit,
+            "limit": self.samples,
             "new_tokens": self.new_tokens,
             "dtype": self.dtype,
             "seed": self.seed,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from holdfast.data.ruler import Essays
     from holdfast.modeling import HybridForCausalLM
 
-FOR_TEXT = ("split", "column", "config", "length", "max_blocks")
+FOR_TEXT = ("split", "column", "config", "length")
 """Options that only blocks of text follow."""
 
 
@@ -55,7 +55,8 @@ class Scorers:
     scorers: tuple[str, ...] = ()
     """Scorers to compare; none: all."""
     samples: int | None = None
-    """Samples of the needle task (default: 256), or of each of --tasks (default: 64)."""
+    """Samples of the needle task (default: 256), or of each of --tasks (default: 64); with --data blocks of text, the
+    first ones (default: 64)."""
     tasks: tuple[str, ...] = ()
     """RULER's tasks with one answer, for models that read text: niah_single_1, -2, -3, niah_multikey_1, -2, -3."""
     haystack: tuple[str, ...] = ()
@@ -71,8 +72,6 @@ class Scorers:
     length: int | None = None
     """Tokens per block of text, or per sample of --tasks; default: 512, or what the models were trained on where that
     is less."""
-    max_blocks: int | None = None
-    """Blocks of text to read; default: the first 64."""
     beyond: bool = False
     """Allow blocks, or samples, longer than a model was trained on."""
     seed: int = 0
@@ -90,16 +89,14 @@ class Scorers:
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
             raise UsageError(f"--length is {self.length}; give at least 2 tokens.")
-        require_positive(self, "budgets", "samples", "max_blocks")
+        require_positive(self, "budgets", "samples")
         check_picture(self.plot)
         if self.tasks and self.data is not None:
             raise UsageError("--tasks and --data are two measures; give one of them.")
         if self.tasks:
-            _refuse_given(self, "with --tasks needles are asked for, and no text is read", *FOR_TEXT[:3], "max_blocks")
+            _refuse_given(self, "with --tasks needles are asked for, and no text is read", *FOR_TEXT[:3])
         elif self.data is None:
             _refuse_given(self, "without --data the samples of the needle task are read", *FOR_TEXT)
-        else:
-            _refuse_given(self, "with --data blocks of text are read, and no samples", "samples")
         if self.haystack and not self.tasks:
             raise UsageError("--haystack is for --tasks; name some, or leave it out.")
 
@@ -148,6 +145,7 @@ class Scorers:
 
     def _fitting(self, scorers: Sequence[str], budgets: Sequence[int], directories: Sequence[Path]) -> tuple[str, ...]:
         """Those of the scorers that every model can be scored by; one that was asked for and cannot is an error."""
+        _refuse_without_eviction(directories)
         models = {directory: _without_weights(directory) for directory in directories}
         found = []
         for scorer in scorers:
@@ -170,7 +168,8 @@ class Scorers:
 
     @property
     def _samples(self) -> int:
-        return (64 if self.tasks else 256) if self.samples is None else self.samples
+        is_own_task = not self.tasks and self.data is None
+        return (256 if is_own_task else 64) if self.samples is None else self.samples
 
     @property
     def _tasks(self) -> list[str]:
@@ -196,8 +195,8 @@ class Scorers:
         if self.data is None:
             return None
         length = block_length(directories, self.length, self.beyond)
-        blocks = 64 if self.max_blocks is None else self.max_blocks
-        return TextBlocks(self.data, self.split or "validation", self.column or "text", self.config, length, blocks)
+        split, column = self.split or "validation", self.column or "text"
+        return TextBlocks(self.data, split, column, self.config, length, self._samples)
 
     def _settings(self, directories: Sequence[Path], text: TextBlocks | None, essays: Essays | None) -> dict[str, Any]:
         """What the numbers follow from beside the models, scorers and budgets."""
@@ -217,6 +216,19 @@ def _refuse_given(command: Scorers, reason: str, *options: str) -> None:
     for option in options:
         if getattr(command, option) is not None:
             raise UsageError(f"{reason}; leave --{option.replace('_', '-')} out.")
+
+
+def _refuse_without_eviction(directories: Sequence[Path]) -> None:
+    """Refuse before anything is measured a model that keeps all, or has no store."""
+    from holdfast.configuration import HybridConfig
+
+    for directory in directories:
+        mixers = set(HybridConfig.from_pretrained(directory).mixers or ())
+        if "learned_eviction" not in mixers:
+            raise UsageError(
+                f"{directory} has no layer that evicts, so no scorer decides anything: its layers are "
+                f"{' and '.join(sorted(mixers))}; give a model with learned_eviction."
+            )
 
 
 def _trained_network(directory: Path) -> str:

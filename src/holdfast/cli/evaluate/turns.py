@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,7 +62,7 @@ class Turns:
     asides: bool = False
     """Ask every question aside: the cache then returns to what it was before, without reading again. So models of the
     needle task need not read facts after a question, which they never did in training."""
-    conversations: int = 64
+    samples: int = 64
     """Conversations to hold with each model."""
     batch_size: int = 16
     """Conversations held side by side."""
@@ -81,7 +81,7 @@ class Turns:
     """Draw accuracy by turns back into this file (png, svg or pdf)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "turns", "facts", "questions", "turn_length", "conversations", "batch_size")
+        require_positive(self, "turns", "facts", "questions", "turn_length", "samples", "batch_size")
         check_picture(self.plot)
 
     def run(self) -> list[Table]:
@@ -92,9 +92,12 @@ class Turns:
         told = min(map(trained_length, directories)) - 1
         plan, lowered_from = self._plan(directories, told)
         turn_length = self.turn_length or told // plan.turns
-        scripts = self._scripts(directories, plan, turn_length)
-        for directory, script in scripts.items():
-            refuse_lengths([directory], script.length, self.beyond)
+        try:
+            scripts = self._scripts(directories, plan, turn_length)
+            for directory, script in scripts.items():
+                refuse_lengths([directory], script.length, self.beyond)
+        except UsageError as error:
+            raise UsageError(f"{error}{self._what_fits(plan, directories, told)}") from error
         if lowered_from is not None:
             told_of = f"these models, trained on {told + 1:,} tokens"
             remark = f"{_spelt(lowered_from)} do not fit {told_of}: {_spelt(plan)} instead."
@@ -105,7 +108,7 @@ class Turns:
             names[directory]: evaluate_turns(
                 read_model(directory, self.dtype),
                 script,
-                conversations=self.conversations,
+                conversations=self.samples,
                 seed=self.seed,
                 log=open_log(self.json, "turns", directory, {**script.to_dict(), **settings}),
                 batch_size=self.batch_size,
@@ -138,6 +141,17 @@ class Turns:
             return wanted, None
         turns, facts, questions = self.lowered_from
         return wanted, TurnPlan(turns=turns, facts=facts, questions=questions)
+
+    def _what_fits(self, plan: TurnPlan, directories: list[Path], told: int) -> str:
+        """What to lower, where a plan does not fit the models."""
+        fits = fitting(directories, told, self.turn_length, beyond=self.beyond)
+        if fits(plan):
+            return ""
+        fewer = (dataclasses.replace(plan, turns=turns) for turns in range(plan.turns - 1, 0, -1))
+        if (found := next(filter(fits, fewer), None)) is not None:
+            each = f"{plan.facts} facts and {plan.questions} questions"
+            return f" With {each} in a turn at most --turns {found.turns} fit."
+        return " Lower --facts or --questions, or leave --turns, --facts and --questions out to have what fits."
 
     def _scripts(self, directories: list[Path], plan: TurnPlan, turn_length: int) -> dict[Path, TurnScript]:
         from holdfast.data.turns import NeedleTurns, TextTurns
@@ -177,7 +191,22 @@ def turns_that_fit(
     Raises:
         UsageError: if not even two turns of one fact fit, or a model cannot read its tokens.
     """
-    from holdfast.data.turns import NeedleTurns, TextTurns, fitting_plan
+    from holdfast.data.turns import fitting_plan
+
+    plan = fitting_plan(fitting(directories, tokens, turn_length, beyond=beyond), most)
+    if plan is None:
+        where = "" if turn_length is None else f" in turns of {turn_length:,}"
+        raise UsageError(
+            f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models{where}."
+        )
+    return plan
+
+
+def fitting(
+    directories: Sequence[Path], tokens: int, turn_length: int | None, *, beyond: bool
+) -> Callable[[TurnPlan], bool]:
+    """Whether every model can read a plan; the arguments are those of `turns_that_fit`."""
+    from holdfast.data.turns import NeedleTurns, TextTurns
 
     tokenizers = read_text_models(directory for directory in directories if reads_text(directory)).values()
     keys = [read_task(directory).num_keys for directory in directories if not reads_text(directory)]
@@ -191,13 +220,7 @@ def turns_that_fit(
             return plan.turns * max(shortest) <= tokens
         return max(shortest) <= turn_length and (beyond or plan.turns * turn_length <= tokens)
 
-    plan = fitting_plan(fits, most)
-    if plan is None:
-        where = "" if turn_length is None else f" in turns of {turn_length:,}"
-        raise UsageError(
-            f"not even two turns with a fact each fit into the {tokens + 1:,} tokens of these models{where}."
-        )
-    return plan
+    return fits
 
 
 def _show(results: Mapping[str, TurnsResult]) -> Table:
