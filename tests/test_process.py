@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +170,26 @@ def interrupted(arguments: list[str], imported: str, *, ignored: bool = False) -
         signal.signal(signal.SIGINT, before)
     assert running.returncode == (0 if ignored else 130), told
     return told
+
+
+def test_an_interrupt_that_is_held_comes_at_the_end() -> None:
+    """Also where another thread takes the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = []
+
+    def work() -> None:
+        with process.holding_interrupts():
+            taker = threading.Thread(target=signal.raise_signal, args=(signal.SIGINT,))
+            taker.start()
+            taker.join()
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("end")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == ["end"]

@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "end_on_interrupt", "is_command_line", "raising_interrupts"]
+__all__ = ["INTERRUPTED", "end_on_interrupt", "holding_interrupts", "is_command_line", "raising_interrupts"]
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status of what Ctrl-C ended, as shells report it."""
@@ -50,6 +51,26 @@ def raising_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, _end)
+
+
+@contextlib.contextmanager
+def holding_interrupts() -> Iterator[None]:
+    """Within, Ctrl-C waits for the end, for what must not be done by half; processes that are started never hear of it.
+
+    Blocking the signal would not do: another thread may take it, and Python raises in the main one.
+    """
+    held: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()  # which alone hears of it
+    before = signal.signal(signal.SIGINT, lambda signum, _: held.append(signum)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # is handed on
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end(*_: object) -> None:

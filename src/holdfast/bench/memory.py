@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import resource
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from holdfast.bench.fresh import call_in_new_process
 
 __all__ = ["available_bytes", "peak_bytes", "resident_bytes"]
 
@@ -44,27 +41,10 @@ def peak_bytes(
         work(*arguments)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
-    with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
-        return pool.submit(_grown_by, work, tuple(arguments), tuple(warm_up)).result()
-
-
-def _processes() -> BaseContext:
-    """Starts processes that have done no work. On Linux each is forked from one that has imported what is measured, and
-    nothing else, so that only the first takes the seconds of importing it; elsewhere a fork is not safe."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["holdfast.bench.efficiency"])
-    resource_tracker.ensure_running()  # now: it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C shows a traceback of each process
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    return call_in_new_process(_grown_by, work, tuple(arguments), tuple(warm_up))
 
 
 def _grown_by(work: Callable[..., object], arguments: tuple[Any, ...], warm_up: tuple[Any, ...]) -> int:
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # from here the caller hears of it
     work(*warm_up)
     with contextlib.suppress(OSError):  # where the system keeps the peak, that of loading and warming up may be higher
         _FORGET.write_text("5")
