@@ -14,6 +14,17 @@ from matplotlib.figure import Figure
 
 from holdfast.files import replacing
 
+SERIES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#000000", "v"),
+    ("#e69f00", "P"),
+    ("#56b4e9", "X"),
+)
+"""Colours and markers of lines, told apart by people with any colour vision (Okabe and Ito)."""
+
 
 @contextmanager
 def picture(path: str | os.PathLike[str], size: tuple[float, float]) -> Iterator[Figure]:

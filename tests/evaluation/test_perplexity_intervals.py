@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -116,22 +117,75 @@ def test_bytes_are_those_of_the_scored_tokens(isolate: bool) -> None:
     assert unknown.bytes is unknown.bits_per_byte is unknown.bits_per_byte_interval is None
 
 
-def test_the_picture_has_a_line_a_band_and_the_length_of_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: drawn.append(figure) or save(figure, *args, **kw)
+        Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
     )
-    results = {f"seed {seed}": evaluate_perplexity(Guessing(seed), blocks_of(5, 64), progress=False) for seed in (0, 1)}
-    path = plot_perplexity(results, tmp_path / "p.png", trained={"seed 0": 32, "seed 1": 500})
+    return figures
+
+
+def found_by(*seeds: int, length: int = 64) -> dict[str, PerplexityResult]:
+    blocks = blocks_of(5, length)
+    return {f"seed {seed}": evaluate_perplexity(Guessing(seed), blocks, progress=False) for seed in seeds}
+
+
+def legend(figure: Figure) -> list[str]:
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
+
+
+def band(axes: Axes, number: int) -> np.ndarray:
+    """The corners of a band, [N, 2]: position and value."""
+    return np.asarray(axes.collections[number].get_paths()[0].vertices)
+
+
+def test_the_picture_of_one_has_a_line_a_band_and_the_length_of_training(tmp_path: Path, drawn: list[Figure]) -> None:
+    results = found_by(0)
+    path = plot_perplexity(results, tmp_path / "p.png", trained={"seed 0": 32})
     assert path.stat().st_size > 5_000
     (axes,) = drawn[0].axes
     assert axes.get_xscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["seed 0", "seed 1", "trained on 32"]
-    assert len(axes.collections) == 2  # bands
-    for line, result in zip(axes.lines, results.values(), strict=False):
-        assert list(line.get_ydata()) == [part.perplexity for part in result.bins]
+    assert legend(drawn[0]) == ["seed 0", "trained on 32"]
+    bins = results["seed 0"].bins
+    assert list(axes.lines[0].get_ydata()) == [part.perplexity for part in bins]
+    ends = [end for part in bins for end in part.perplexity_interval or ()]
+    assert {*band(axes, 0)[:, 1].round(6)} >= {round(end, 6) for end in ends}
     with pytest.raises(ValueError, match="results is empty"):
         plot_perplexity({}, path)
+
+
+def test_the_picture_of_several_has_the_paired_differences_below(tmp_path: Path, drawn: list[Figure]) -> None:
+    results = found_by(0, 1, 2)
+    plot_perplexity(results, tmp_path / "p.png", trained={"seed 0": 32, "seed 1": 48, "seed 2": 500})
+    above, below = drawn[0].axes
+    assert legend(drawn[0]) == [*results, "trained on 32", "trained on 48"]
+    assert not above.collections  # bands of each would hide the differences
+    for line, result in zip(above.lines, results.values(), strict=False):
+        assert list(line.get_ydata()) == [part.perplexity for part in result.bins]
+    assert "beyond that of\nseed 0 (%)" in below.get_ylabel()
+    first, *others = results.values()
+    assert len(below.collections) == len(others)
+    for number, result in enumerate(others):
+        found = [result.difference(first, part) for part in range(len(result.bins))]
+        shown = [100 * math.expm1(each.value) for each in found if each is not None]
+        assert below.lines[number].get_ydata() == pytest.approx(shown)
+        ends = {round(100 * math.expm1(end), 6) for each in found if each is not None for end in each.interval or ()}
+        assert {*band(below, number)[:, 1].round(6)} >= ends
+        assert below.lines[number].get_color() == above.lines[number + 1].get_color()
+    looks = {(line.get_color(), line.get_marker()) for line in above.lines[:3]}
+    assert len(looks) == len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 3
+
+
+def test_the_picture_of_results_of_other_tokens_has_no_differences(tmp_path: Path, drawn: list[Figure]) -> None:
+    results = found_by(0) | {"other": found_by(1, length=32)["seed 1"]}
+    plot_perplexity(results, tmp_path / "p.png")
+    (axes,) = drawn[0].axes
+    assert len(axes.collections) == 2
+    results |= found_by(2)
+    plot_perplexity(results, tmp_path / "p.png")
+    above, below = drawn[1].axes
+    assert (len(above.lines), len(below.collections)) == (3, 1)

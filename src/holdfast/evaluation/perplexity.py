@@ -17,7 +17,8 @@ from holdfast.data.text import collate_isolated
 from holdfast.data.token_bytes import TokenBytes
 from holdfast.evaluation.arguments import as_blocks, check_kind, check_log, check_model
 from holdfast.evaluation.inference import device_of, evaluating
-from holdfast.evaluation.perplexity_result import BlockSums, PerplexityResult, PositionBin, plot_perplexity
+from holdfast.evaluation.perplexity_plot import plot_perplexity
+from holdfast.evaluation.perplexity_result import BlockSums, PerplexityResult, PositionBin
 from holdfast.evaluation.ratios import Estimate
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.modeling import HybridForCausalLM

@@ -3,16 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from matplotlib.ticker import ScalarFormatter
 
 from holdfast.evaluation.inference import perplexity
 from holdfast.evaluation.ratios import Estimate
-from holdfast.pictures import picture
 
-__all__ = ["BlockSums", "PerplexityResult", "PositionBin", "exp_interval", "plot_perplexity"]
+__all__ = ["BlockSums", "PerplexityResult", "PositionBin", "exp_interval"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,43 +205,6 @@ class PerplexityResult:
                 for name, tokens, nll, size in columns
             ),
         )
-
-
-def plot_perplexity(
-    results: Mapping[str, PerplexityResult], path: str | Path, *, trained: Mapping[str, int] | None = None
-) -> Path:
-    """Draw perplexity by position, one line per result with its 95 % interval over blocks.
-
-    Args:
-        results: results by the name to print in the legend.
-        path: file to write; its ending gives the format (png, svg, pdf). Replaced only when the picture is complete.
-        trained: tokens that the models were trained on at a time, by name; marked where positions reach so far.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: `results` is empty.
-    """
-    if not results:
-        raise ValueError("results is empty; give at least one result to plot.")
-    reached = max(part.stop for result in results.values() for part in result.bins)
-    with picture(path, (7, 4)) as figure:
-        axes = figure.add_subplot()
-        for name, result in results.items():
-            read = [(part, found) for part in result.bins if (found := part.perplexity) is not None]
-            middle = [(part.start + part.stop) / 2 for part, _ in read]
-            (line,) = axes.plot(middle, [found for _, found in read], marker="o", markersize=4, label=name)
-            low, high = zip(*(part.perplexity_interval or (found, found) for part, found in read), strict=True)
-            axes.fill_between(middle, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        for length in sorted({length for length in (trained or {}).values() if length <= reached}):
-            axes.axvline(length, color="0.4", linestyle="--", linewidth=1, label=f"trained on {length:,}")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xlabel("position in the context (tokens)")
-        axes.set_ylabel("perplexity of a token")
-        axes.legend(fontsize="small")
-    return Path(path)
 
 
 def exp_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:

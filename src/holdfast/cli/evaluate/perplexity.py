@@ -77,7 +77,8 @@ class Perplexity:
     """Write all numbers to this file (NAME.json), sums over every block among them, and each block's when it is read to
     NAME.samples.jsonl, where a run that was interrupted goes on."""
     plot: Path | None = None
-    """Draw perplexity by position into this file (png, svg or pdf), with the length of training."""
+    """Draw perplexity by position into this file (png, svg or pdf), with the length of training; below it how far
+    further models are from the first."""
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 2:
