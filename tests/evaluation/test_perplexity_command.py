@@ -69,6 +69,23 @@ def test_several_models_in_one_table_and_one_file(models: Path, capsys: pytest.C
         assert f"{100 * math.expm1(part['value']):+.2f}% ({low:+.2f}% to {high:+.2f}%)" in out
 
 
+def test_progress_says_which_model_how_many_tokens_and_how_long(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.data.progress.SECONDS_BETWEEN_LINES", -1.0)
+    for limit in ((), ("--samples", "5")):
+        found = evaluate(models, "one", "two", options=("--batch-size", "2", *limit))["models"]
+        lines = capsys.readouterr().err.splitlines()
+        for number, name in enumerate(("one", "two"), start=1):
+            blocks = found[name]["blocks"]
+            start = f"perplexity, model {number} of 2 ({48 * blocks:,} tokens): "
+            shown = [line.removeprefix(start) for line in lines if line.startswith(start)]
+            assert len(shown) == math.ceil(blocks / 2)
+            assert all(line.endswith(" left") for line in shown[1:])
+    found = evaluate(models, "one")["models"]
+    assert f"perplexity ({48 * found['one']['blocks']:,} tokens): 0 of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [(), ("--samples", "12")])
 def test_models_with_other_tokenizers_read_the_same_text(
     models: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]

@@ -1,5 +1,6 @@
 """One progress bar for everything that takes a while."""
 
+import datetime
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
@@ -15,6 +16,8 @@ SECONDS_BETWEEN_LINES = 30.0
 
 def track(items: Iterable[T], description: str, *, total: int | None = None, progress: bool = True) -> Iterator[T]:
     """Yield `items` with a bar on standard error; where that is no terminal, with a line now and then.
+
+    Both say how much time is left, where `total` is known.
 
     Args:
         items: what is worked on.
@@ -38,10 +41,17 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, pro
 def _with_lines(items: Iterable[T], description: str, total: int | None, console: Console) -> Iterator[T]:
     if total is None and isinstance(items, Sized):
         total = len(items)
-    of = "" if total is None else f" of {total:,}"
-    shown = time.monotonic()
+    begun = shown = time.monotonic()
     for done, item in enumerate(items):
         if time.monotonic() - shown > SECONDS_BETWEEN_LINES:
             shown = time.monotonic()
+            of = "" if total is None else f" of {total:,}{_time_left(shown - begun, done, total)}"
             console.print(f"{description}: {done:,}{of}", highlight=False, soft_wrap=True)
         yield item
+
+
+def _time_left(seconds: float, done: int, total: int) -> str:
+    """In proportion to what has been done in so many seconds; empty where that is nothing."""
+    if not done:
+        return ""
+    return f", about {datetime.timedelta(seconds=round(seconds / done * (total - done)))} left"

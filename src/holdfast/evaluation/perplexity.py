@@ -41,6 +41,7 @@ def evaluate_perplexity(
     log: SampleLog | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    description: str = "perplexity",
 ) -> PerplexityResult:
     """Predict every token of the blocks from those before it in its block, or in its document where blocks isolate.
 
@@ -62,6 +63,7 @@ def evaluate_perplexity(
             for the log to tell apart.
         device: where the inputs go; None is the device of the model's first parameter, or the CPU.
         progress: show a progress bar when standard error is a terminal.
+        description: in front of that bar, followed by how many tokens are read, where `blocks` has a length.
 
     Raises:
         TypeError: an argument is no model, no blocks, no `TokenBytes` or no log.
@@ -78,12 +80,12 @@ def evaluate_perplexity(
     read = as_blocks(blocks)
     device = device_of(model) if device is None else torch.device(device)
     log = SampleLog(None, {}) if log is None else log
-    total = math.ceil(min(len(blocks), max_blocks or len(blocks)) / batch_size) if isinstance(blocks, Sized) else None
+    count = min(len(blocks), max_blocks or len(blocks)) if isinstance(blocks, Sized) else None
     batches = _batches(itertools.islice(read, max_blocks), batch_size)
     edges = np.zeros(1, dtype=np.int64)
     names: list[str] = []
     with evaluating(model):
-        for batch in track(batches, "perplexity", total=total, progress=progress):
+        for batch in _tracked(batches, description, count, batch_size, progress=progress):
             edges = edges if names else _edges(len(batch[0]["input_ids"]), position_bins)
             _check_lengths(batch, int(edges[-1]), len(names))
             named = {f"{index}/{block_digest(block)}": block for index, block in enumerate(batch, start=len(names))}
@@ -102,6 +104,17 @@ def block_digest(block: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(block[name].to("cpu", torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _tracked(
+    batches: Iterator[list[dict[str, torch.Tensor]]], description: str, count: int | None, size: int, *, progress: bool
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The batches, with a bar that says how many tokens their `count` blocks have."""
+    first = next(batches, [])
+    total = None if count is None else math.ceil(count / size)
+    if count is not None and first:
+        description += f" ({count * len(first[0]['input_ids']):,} tokens)"
+    return track(itertools.chain([first] if first else [], batches), description, total=total, progress=progress)
 
 
 def _batches(blocks: Iterable[dict[str, torch.Tensor]], size: int) -> Iterator[list[dict[str, torch.Tensor]]]:

@@ -96,7 +96,7 @@ class Perplexity:
         text = TextBlocks(self.data, self.split, self.column, self.config, length, self.samples, self.isolate)
         names = shown_names(directories)
         results = {}
-        for directory, reading in _readings(text, tokenizers).items():
+        for number, (directory, reading) in enumerate(_readings(text, tokenizers).items(), start=1):
             # Beside the blocks, whose content names them.
             determining = {"dtype": self.dtype, "bins": self.bins, "bytes": reading.sizes is not None}
             results[names[directory]] = evaluate_perplexity(
@@ -107,6 +107,7 @@ class Perplexity:
                 position_bins=self.bins,
                 token_bytes=reading.sizes,
                 log=open_log(self.json, "perplexity", directory, determining, "blocks"),
+                description="perplexity" if len(names) == 1 else f"perplexity, model {number} of {len(names)}",
             )
         table = _show(results, text)
         if self.json is not None:
