@@ -17,7 +17,7 @@ def test_the_examples_run_one_after_the_other() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     sections = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(sections) == 6
+    assert len(sections) == 7
     for code in sections:
         exec(compile(code, "docs/ops.md", "exec"), names)
     for name in ("full", "sliding", "evicted", "sparse"):

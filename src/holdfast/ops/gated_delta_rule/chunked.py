@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.ops.flops import count_with
 from holdfast.ops.precision import compute_dtype, without_autocast
 from holdfast.ops.second_derivatives import refuse_in
 
@@ -206,3 +207,17 @@ def _differentiate(
 
 _scan.register_autograd(_differentiate, setup_context=_save_for_backward)
 refuse_in("gated_delta_rule", "chunked", _scan_backward)
+
+
+def scan_flops(n: int, C: int, K: int, V: int) -> int:
+    """Operations of `_scan` for n chunks of value heads; the backward pass makes twice as many."""
+    return 2 * n * (2 * C * K * V + C * C * V)
+
+
+def _flops_of(v: Tensor, k_entry: Tensor) -> int:
+    (N, M, C, K), V = k_entry.shape, v.shape[3]
+    return scan_flops(N * M, C, K, V)
+
+
+count_with(lambda v, k_entry, *_: _flops_of(v, k_entry), _scan)
+count_with(lambda v, _states, _final, k_entry, *_: 2 * _flops_of(v, k_entry), _scan_backward)

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.flops import count_with
 from holdfast.ops.native import GRIDS, VECTORS, Functions
 from holdfast.ops.precision import compute_dtype
 from holdfast.ops.second_derivatives import refuse_in
 from holdfast.ops.threads import in_threads
+
+from .flops import native_backward_flops, native_flops
 
 _SOURCE, _CHUNK = (Path(__file__).with_name(name) for name in ("native.cpp", "chunk.h"))
 _SIGNATURE = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
@@ -202,3 +205,5 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: N
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 refuse_in("gated_delta_rule", "native", _backward)
+count_with(native_flops, _forward)
+count_with(native_backward_flops, _backward)

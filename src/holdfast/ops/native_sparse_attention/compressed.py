@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.flops import attention_flops, compressed_pairs, count_with
 from holdfast.ops.native_sparse_attention.tiles import attend, attend_backward, of_tile, tiles
 from holdfast.ops.second_derivatives import refuse_in
 
@@ -162,3 +163,16 @@ def _differentiate(ctx: Any, grad: Tensor, _log_sum: Tensor, _chosen: None) -> t
 
 compressed_attention.register_autograd(_differentiate, setup_context=_setup)
 refuse_in("native_sparse_attention", "blocked", _backward)
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, begins: Tensor | None, *others: Any) -> int:
+    """Of the forward pass; of the backward pass where it is given what that has more."""
+    backward = len(others) > 3
+    block_size = others[-1] if backward else others[-2]
+    positions = positions.expand(q.shape[:2])
+    pairs = q.shape[2] * compressed_pairs(positions, begins, block_size, k.shape[1])
+    return attention_flops(pairs, q.shape[3], v.shape[2], backward=backward)
+
+
+count_with(_flops, compressed_attention)
+count_with(_flops, _backward)

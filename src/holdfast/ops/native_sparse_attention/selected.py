@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.flops import attention_flops, count_with, selected_pairs
 from holdfast.ops.native_sparse_attention.by_block import by_block, by_block_backward
 from holdfast.ops.native_sparse_attention.tiles import attend, attend_backward, most_scores, of_tile, tiles
 from holdfast.ops.second_derivatives import refuse_in
@@ -111,6 +112,16 @@ def _differentiate(ctx: Any, grad: Tensor, _log_sum: Tensor) -> tuple[Tensor | N
 
 selected_attention.register_autograd(_differentiate, setup_context=_setup)
 refuse_in("native_sparse_attention", "blocked", _backward)
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, blocks: Tensor, *others: Any) -> int:
+    """Of the forward pass; of the backward pass where it is given what that has more."""
+    pairs = q.shape[2] * selected_pairs(positions, blocks, others[-1], k.shape[1])
+    return attention_flops(pairs, q.shape[3], v.shape[2], backward=len(others) > 1)
+
+
+count_with(_flops, selected_attention)
+count_with(_flops, _backward)
 
 
 def _tiles(

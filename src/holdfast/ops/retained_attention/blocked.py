@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdfast.ops.flops import attention_flops, count_with, retained_pairs
 from holdfast.ops.precision import compute_dtype, without_autocast
 from holdfast.ops.retained_attention import native
 from holdfast.ops.second_derivatives import differentiable_once, refuse_in
@@ -216,6 +217,23 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
 
 _tiled.register_autograd(_differentiate, setup_context=_save_for_backward)
 refuse_in("retained_attention", "blocked", _tiled_backward)
+
+
+def _flops(
+    q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, window: int | None, *, backward: bool = False
+) -> int:
+    (batch, keys, kv_heads, dim), groups = k.shape, q.shape[2] // k.shape[2]
+    window = window if visible_until is None else None
+    pairs = groups * retained_pairs(visible_until, batch * kv_heads, q.shape[1], keys, window)
+    return attention_flops(pairs, dim, v.shape[3], backward=backward)
+
+
+def _backward_flops(q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor | None, *others: Any) -> int:
+    return _flops(q, k, v, visible_until, others[-2], backward=True)
+
+
+count_with(lambda q, k, v, visible_until, window, _: _flops(q, k, v, visible_until, window), _tiled)
+count_with(_backward_flops, _tiled_backward)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.flops import attention_flops, compressed_pairs, count_with, selected_pairs
 from holdfast.ops.native_sparse_attention.triton.launch import Shape, by_rows
 from holdfast.ops.native_sparse_attention.triton.sizes import Sizes, sizes_for
 from holdfast.ops.retained_attention.triton.sizes import device_kind
@@ -271,6 +272,54 @@ refuse_in(
     compressed_attention_backward,
     selected_attention_backward,
     gated_sum_backward,
+)
+
+
+def _compressed_flops(
+    q: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    begins: Tensor | None,
+    keys: int,
+    block_size: int,
+    *,
+    backward: bool = False,
+) -> int:
+    pairs = q.shape[2] * compressed_pairs(_positions(q, keys, lengths), begins, block_size, v.shape[1])
+    return attention_flops(pairs, q.shape[3], v.shape[3], backward=backward)
+
+
+def _selected_flops(
+    q: Tensor, v: Tensor, blocks: Tensor, lengths: Tensor | None, block_size: int, *, backward: bool = False
+) -> int:
+    positions, groups = _positions(q, v.shape[1], lengths).unsqueeze(2), q.shape[2] // v.shape[2]
+    pairs = groups * selected_pairs(positions, blocks, block_size, v.shape[1])
+    return attention_flops(pairs, q.shape[3], v.shape[3], backward=backward)
+
+
+def _positions(q: Tensor, keys: int, lengths: Tensor | None) -> Tensor:
+    """[B, Tq], the index of each query; negative where it sees nothing."""
+    positions = torch.arange(keys - q.shape[1], keys, device=q.device).expand(q.shape[:2])
+    return positions if lengths is None else positions + (lengths - keys)[:, None]
+
+
+count_with(
+    lambda q, _k, v, lengths, begins, keys, block_size, *_: _compressed_flops(q, v, lengths, begins, keys, block_size),
+    compressed_attention,
+)
+count_with(
+    lambda _grad, q, _k, v, lengths, begins, _out, _log_sum, keys, block_size, _: _compressed_flops(
+        q, v, lengths, begins, keys, block_size, backward=True
+    ),
+    compressed_attention_backward,
+)
+count_with(
+    lambda q, _k, v, blocks, lengths, _begins, block_size, _: _selected_flops(q, v, blocks, lengths, block_size),
+    selected_attention,
+)
+count_with(
+    lambda _grad, q, _k, v, blocks, lengths, *others: _selected_flops(q, v, blocks, lengths, others[-2], backward=True),
+    selected_attention_backward,
 )
 
 

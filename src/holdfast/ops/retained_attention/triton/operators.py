@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.ops.flops import attention_flops, count_with, retained_pairs
 from holdfast.ops.retained_attention.triton import sizes
 from holdfast.ops.second_derivatives import refuse_in
 
@@ -96,6 +97,19 @@ def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 attend.register_autograd(_gradients, setup_context=_keep)
 refuse_in("retained_attention", "triton", attend_backward)
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, until: Tensor | None, *others: Any, backward: bool = False) -> int:
+    (batch, keys, kv_heads, dim), groups = k.shape, q.shape[2] // k.shape[2]
+    pairs = groups * retained_pairs(until, batch * kv_heads, q.shape[1], keys, others[-2])
+    return attention_flops(pairs, dim, v.shape[3], backward=backward)
+
+
+count_with(_flops, attend)
+count_with(
+    lambda _grad, q, k, v, _out, _log_sum, until, *others: _flops(q, k, v, until, *others, backward=True),
+    attend_backward,
+)
 
 
 def _tiles(q: Tensor, v: Tensor) -> sizes.Tiles:
