@@ -24,9 +24,9 @@ NEEDLE = ("--length", "500", "--depths", "0", "100", "--samples", "2", "--new-to
 
 @pytest.fixture(scope="module")
 def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`text` reads bytes and was told of 1,000, `tokens` reads the needle task's, `foreign` has another's tokenizer."""
+    """`text` reads bytes and was told of 1,000, `tokens` reads the needle task's, `foreign` lacks letters."""
     folder = tmp_path_factory.mktemp("models")
-    for name, vocab_size in (("text", 259), ("tokens", 83), ("foreign", 258)):
+    for name, vocab_size in (("text", 259), ("tokens", 83), ("foreign", 104)):
         model = small_model("gated_deltanet", "learned_eviction", vocab_size=vocab_size, max_position_embeddings=1000)
         model.save_pretrained(folder / name)
         if name != "tokens":
@@ -302,8 +302,9 @@ def test_what_cannot_be_done_is_refused_in_one_line(
             "--new-tokens",
             "999",
         ],
-        "the tokenizer has 259 tokens": ["needle", foreign, "--length", "600"],
-        "the tokenizer has 259 tokens, ": ["turns", foreign],
+        f"'h' is token 104 of the tokenizer, and {foreign} knows": ["needle", foreign, "--length", "600"],
+        "'h' is token 104 of the tokenizer, ": ["turns", foreign],
+        "'h' is token 104 of the tokenizer": ["recall", foreign, "--tasks", "squad", "--data", str(squad)],
         "has no tokenizer.json, so it cannot read text": ["recall", tokens, "--tasks", "squad", "--data", str(squad)],
         "nowhere.json does not exist": ["recall", text, "--tasks", "squad", "--data", str(tmp_path / "nowhere.json")],
         "--data holds one task; say which with --tasks": ["recall", text, "--data", str(tmp_path / "rows.jsonl")],
@@ -357,6 +358,29 @@ def test_squads_own_file_needs_no_task(models: Path, squad: Path, tmp_path: Path
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["settings"]["tasks"] == ["squad"]
     assert list(written["models"]["text"]) == ["squad"]
+
+
+def test_only_a_text_with_a_token_that_the_model_does_not_know_is_refused(
+    small_model: Callable[..., HybridForCausalLM], squad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else the tokenizer has."""
+    known, foreign, questions = tmp_path / "known", tmp_path / "cheese.txt", tmp_path / "cheese.json"
+    small_model(vocab_size=128, max_position_embeddings=1000).save_pretrained(known)
+    byte_tokenizer().save_pretrained(known)
+    foreign.write_text("Alter Käse. " * 200, encoding="utf-8")
+    questions.write_text(squad.read_text().replace("What is 3?", "Käse?"), encoding="utf-8")
+    turns = ["turns", str(known), "--samples", "1", "--turns", "2", "--facts", "1", "--questions", "1"]
+    recall = ["recall", str(known), "--new-tokens", "2", "--tasks", "squad", "--data"]
+    needle = ["needle", str(known), *NEEDLE, "--tasks", "niah_single_1"]
+    for command in (turns, [*recall, str(squad)], needle):
+        assert main(["evaluate", *command]) == 0
+    for command in (
+        [*turns, "--haystack", str(foreign)],
+        [*recall, str(questions)],
+        ["needle", str(known), *NEEDLE, "--tasks", "niah_single_2", "--haystack", str(foreign)],
+    ):
+        error = refused(capsys, *command)
+        assert f"is token 195 of the tokenizer, and {known} knows tokens up to 127" in error
 
 
 def test_a_model_that_an_option_has_taken_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

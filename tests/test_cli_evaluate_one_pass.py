@@ -33,7 +33,7 @@ BUDGETS = ("--budgets", "5", "9")
 
 @pytest.fixture(scope="module")
 def models(small_model: Callable[..., HybridForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`text` reads bytes, `foreign` cannot read all of them, `tokens` knows the needle task, all of up to 64 tokens;
+    """`text` reads bytes, `foreign` knows no end of a document, `tokens` knows the needle task, all of up to 64 tokens;
     and `narrow` lacks tokens of its task."""
     folder = tmp_path_factory.mktemp("models")
     recipe = to_toml(dataclasses.replace(load_recipe("needle-gdn"), data=NeedleData(task=TASK)))
@@ -182,8 +182,9 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(
     longer = ["--length", "65"]
     page = str(tmp_path / "page.html")
     cases: dict[str, list[list[str]]] = {
-        "the tokenizer has 259 tokens, ": [
+        f"'<|eos|>' is token 258 of the tokenizer, and {names['foreign']} knows tokens up to 257": [
             ["perplexity", names["foreign"], *text],
+            ["perplexity", names["text"], names["foreign"], *text],
             ["scorers", names["foreign"], *text, *BUDGETS],
         ],
         "has no tokenizer.json, so it cannot read text": [
@@ -203,12 +204,14 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(
         for argv in commands:
             assert message in refused(capsys, *argv)
     for argv, message in (
-        (["foreign", "It was"], "the tokenizer has 259 tokens, "),
+        (["foreign", "It was<|eos|>"], "'<|eos|>' is token 258 of the tokenizer"),
         (["narrow", "--needle"], "has 23 token ids"),
     ):
         capsys.readouterr()
         assert main(["inspect", str(models / argv[0]), *argv[1:], "--output", page]) == 2
         assert message in capsys.readouterr().err
+    few = ["--length", "32", "--max-blocks", "1"]  # of the first document, which is longer
+    assert main(["evaluate", "perplexity", names["foreign"], *text, *few]) == 0
 
 
 def test_options_that_would_do_nothing_are_refused_in_one_line(

@@ -23,7 +23,6 @@ def test_a_token_before_every_text_is_welcome_and_one_behind_it_is_not() -> None
     for template in ("$A END", "END $A END"):
         with pytest.raises(ValueError, match=r"tokenizer of runs/x puts '<\|eos\|>' behind every text"):
             check_tokenizer(tokenizer_with(template), config(), name="runs/x")
-        check_tokenizer(tokenizer_with(template), config(), english=False)  # no prompt is asked
 
 
 def test_only_a_token_that_the_model_does_not_know_is_refused() -> None:

@@ -86,8 +86,11 @@ def test_what_does_not_fit_is_refused() -> None:
         evaluate(model)
     assert model.calls == []
     assert evaluate(model, beyond=True).contains.correct == 6
-    with pytest.raises(ValueError, match="the tokenizer has 259 tokens, the model knows 200"):
-        evaluate(Listener(vocab_size=200))
+    small = Listener(vocab_size=128)
+    with pytest.raises(ValueError, match="is token 195 of the tokenizer, and the model knows tokens up to 127"):
+        evaluate(small, [*SAMPLES, RecallSample("Der Käse ist", ("alt",))])
+    assert small.calls == []
+    assert evaluate(small).contains.correct == 6
     with pytest.raises(ValueError, match="at least one sample"):
         evaluate(model, [])
     with pytest.raises(ValueError, match="at least 1"):

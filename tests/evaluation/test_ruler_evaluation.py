@@ -141,15 +141,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked() -> None:
     model = Listener(max_position_embeddings=999)
     with pytest.raises(ValueError, match=r"1,000 tokens are more than the 999 .*max_position_embeddings.*--beyond"):
         evaluate(model)
-    small = Listener(vocab_size=258)
-    with pytest.raises(ValueError, match="the tokenizer has 259 tokens, the model knows 258"):
+    small = Listener(vocab_size=104)
+    with pytest.raises(ValueError, match="'h' is token 104 of the tokenizer, and the model knows tokens up to 103"):
         evaluate(small)
     tight = dataclasses.replace(SETTINGS, lengths=(900, 350))
     with pytest.raises(ValueError, match="more than the length of 350"):
         evaluate(model, tight)
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate(model, batch_size=0)
-    assert model.calls == small.calls == []
+    ascii_only = Listener(vocab_size=128)
+    foreign = dataclasses.replace(SETTINGS, tasks=("niah_single_2",), essays=Essays(["Käse " * 300]))
+    with pytest.raises(ValueError, match="is token 195 of the tokenizer, and the model knows tokens up to 127"):
+        evaluate(ascii_only, foreign)
+    assert model.calls == small.calls == ascii_only.calls == []
     assert evaluate(model, beyond=True).cells[0].match_all.accuracy == 1
 
 

@@ -14,6 +14,7 @@ from templates import tokenizer_with
 
 from holdfast import HybridForCausalLM
 from holdfast.data.needle import NeedleTask
+from holdfast.data.ruler import Essays
 from holdfast.data.text import byte_tokenizer
 from holdfast.data.turns import NeedleTurns, TextTurns, TurnPlan
 from holdfast.evaluation.sample_log import SampleLog
@@ -113,8 +114,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(small_model: Callable[..., HybridForCausalLM]) -> None:
-    with pytest.raises(ValueError, match="the model has 200 token ids, the conversation 259"):
-        evaluate_turns(Listener(vocab_size=200), text(), progress=False)
+    with pytest.raises(ValueError, match="'h' is token 104 of the tokenizer, and the model knows tokens up to 103"):
+        evaluate_turns(Listener(vocab_size=104), text(), progress=False)
+    ascii_only = Listener(vocab_size=128)
+    foreign = TextTurns(PLAN, byte_tokenizer(), 600, essays=Essays(["Alter Käse. " * 99]))
+    with pytest.raises(ValueError, match="is token 195 of the tokenizer, and the model knows tokens up to 127"):
+        evaluate_turns(ascii_only, foreign, progress=False)
+    assert ascii_only.calls == []
     with pytest.raises(ValueError, match=r"2,400 tokens are more than the 2,399 .*--beyond"):
         evaluate_turns(Listener(max_position_embeddings=2399), text(), progress=False)
     with pytest.raises(ValueError, match="conversations is 0"):

@@ -11,7 +11,7 @@ import tyro
 
 from holdfast.cli.common import model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_file, read_text_models, reads_text
+from holdfast.cli.evaluate.common import check_file, read_text_models, reads_text, refuse_unknown_tokens
 from holdfast.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def _text(settings: Inspect, directory: Path) -> tuple[Tensor, list[str]]:
     if not ids.numel():
         raise UsageError("The text is empty; give at least one character.")
     ids = _first(ids, settings, directory)
+    refuse_unknown_tokens(ids.tolist(), tokenizer, directory)
     return ids, [tokenizer.decode([token]) for token in ids[0].tolist()]
 
 

@@ -1,11 +1,11 @@
-"""What is refused at once: contexts that a model was not told of, tokenizers that do not fit it or a prompt."""
+"""What is refused at once: contexts that a model was not told of, tokens that it does not know, unfit tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["check_length", "check_prompts", "check_tokenizer", "check_tokens"]
+__all__ = ["check_length", "check_prompts", "check_texts", "check_tokenizer", "check_tokens"]
 
 
 def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = "the model") -> None:
@@ -28,30 +28,24 @@ def check_length(config: Any, tokens: int, *, beyond: bool = False, name: str = 
         )
 
 
-def check_tokenizer(tokenizer: Any, config: Any, *, english: bool = True, name: str = "the model") -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for, that cannot write plain English text, or that
-    puts a token behind every text: a prompt would end in it, and the model continue what has ended.
+def check_tokenizer(tokenizer: Any, config: Any, *, name: str = "the model") -> None:
+    """Refuse a tokenizer that cannot write plain English text in tokens that the model knows, or that puts a token
+    behind every text: a prompt would end in it, and the model continue what has ended.
 
-    For evaluations that write their texts one by one, for hours; where all are there, `check_tokens` refuses less.
+    For evaluations that ask in English. One with more tokens than the model may do: see `check_texts`.
 
     Args:
         tokenizer: of the model.
         config: of the model.
-        english: whether English is asked; where a user brings the text, its language is not known, nor is it a prompt.
         name: of the model, for the error.
 
     Raises:
         ValueError: saying what does not fit.
     """
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {config.vocab_size:,}; give the model its own."
-        )
-    if not english:
-        return
     written = tokenizer("The key is 7.").input_ids
     if not written or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in written):
         raise ValueError(f"the tokenizer of {name} cannot write 'The key is 7.'; give one that knows English text.")
+    check_tokens(written, tokenizer, config, name=name)
     check_prompts(tokenizer, name=name)
 
 
@@ -74,6 +68,23 @@ def check_tokens(ids: Sequence[int], tokenizer: Any, config: Any, *, name: str =
             f"{tokenizer.decode([unknown])!r} is token {unknown:,} of the tokenizer, and {name} knows tokens up to "
             f"{config.vocab_size - 1:,}; give the model its own tokenizer."
         )
+
+
+def check_texts(texts: Iterable[Sequence[int]], tokenizer: Any, config: Any, *, name: str | None = None) -> None:
+    """`check_tokens` of all texts, before the first is read: what comes later would be lost after hours.
+
+    Args:
+        texts: ids; made only where the tokenizer has tokens that the model does not know.
+        tokenizer: that made them.
+        config: of the model.
+        name: of the model, for the error; None: where it was loaded from.
+
+    Raises:
+        ValueError: naming the first such token.
+    """
+    if len(tokenizer) > config.vocab_size:
+        for ids in texts:
+            check_tokens(ids, tokenizer, config, name=name or config.name_or_path or "the model")
 
 
 def check_prompts(tokenizer: Any, *, name: str = "the model") -> None:

@@ -13,7 +13,7 @@ from holdfast.evaluation.arguments import check_kind, check_log, check_model, ch
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, effective_count
-from holdfast.evaluation.limits import check_length, check_tokenizer
+from holdfast.evaluation.limits import check_length, check_texts, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 
 __all__ = ["RecallResult", "contains_an_answer", "evaluate_recall"]
@@ -79,6 +79,7 @@ def evaluate_recall(
         raise ValueError("give at least one sample, and new_tokens and batch_size of at least 1.")
     check_tokenizer(tokenizer, model.config)
     ids = [tokenizer(sample.prompt).input_ids for sample in samples]
+    check_texts(ids, tokenizer, model.config)
     lengths = [len(row) for row in ids]
     check_length(model.config, max(lengths) + new_tokens, beyond=beyond)
     log = SampleLog(None, {}) if log is None else log

@@ -17,7 +17,7 @@ from holdfast.evaluation.arguments import check_kind, check_log, check_model, ch
 from holdfast.evaluation.conversation import Conversation
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share
-from holdfast.evaluation.limits import check_length, check_tokenizer
+from holdfast.evaluation.limits import check_length, check_texts, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 from holdfast.settings import suggest
@@ -177,6 +177,8 @@ def evaluate_ruler(
     batches = list(_batches([place for place in places if str(place) not in log.records], batch_size))
     asked = dict.fromkeys((place.task, place.length) for batch in batches for place in batch)
     samplers = _samplers(settings, tokenizer, asked)
+    waiting = (samplers[at.task, at.length].sample(at.depth, at.index).ids for batch in batches for at in batch)
+    check_texts(waiting, tokenizer, model.config)
     with evaluating(model):
         for batch in track(batches, "needle", progress=progress):
             task, length = batch[0].task, batch[0].length

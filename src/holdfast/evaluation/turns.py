@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from holdfast.evaluation.arguments import check_kind, check_log, check_model
 from holdfast.evaluation.conversation import Conversation, first_line, line_break_tokens
 from holdfast.evaluation.inference import evaluating
 from holdfast.evaluation.intervals import Share, draw_shares, effective_count
-from holdfast.evaluation.limits import check_length, check_tokenizer
+from holdfast.evaluation.limits import check_length, check_texts, check_tokenizer
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 
@@ -92,13 +92,15 @@ def evaluate_turns(
     check_log(log)
     if min(conversations, batch_size) < 1:
         raise ValueError(f"conversations is {conversations}, batch_size is {batch_size}; give at least 1 of each.")
-    if model.config.vocab_size < script.vocab_size:
-        raise ValueError(f"the model has {model.config.vocab_size} token ids, the conversation {script.vocab_size}.")
     if script.tokenizer is not None:
         check_tokenizer(script.tokenizer, model.config)
+    elif model.config.vocab_size < script.vocab_size:
+        raise ValueError(f"the model has {model.config.vocab_size} token ids, the conversation {script.vocab_size}.")
     check_length(model.config, script.length, beyond=beyond)
     log = SampleLog(None, {}) if log is None else log
     waiting = [index for index in range(conversations) if str(index) not in log.records]
+    if script.tokenizer is not None:
+        check_texts(_said(script, seed, waiting), script.tokenizer, model.config)
     stop = frozenset() if script.tokenizer is None else line_break_tokens(script.tokenizer)
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     with evaluating(model):
@@ -131,6 +133,13 @@ def plot_turns(results: Mapping[str, TurnsResult], path: str | Path) -> Path:
         axes.set_ylabel("accuracy")
         axes.legend(fontsize="small")
     return Path(path)
+
+
+def _said(script: TurnScript, seed: int, conversations: Iterable[int]) -> Iterator[Sequence[int]]:
+    """The tokens of all that is told and asked."""
+    for index in conversations:
+        for question in script.conversation(seed, index):
+            yield from (question.told, question.asked)
 
 
 def _held(

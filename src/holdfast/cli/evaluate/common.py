@@ -97,10 +97,10 @@ def _names(directory: Path) -> list[str]:
 
 
 def read_text_models(directories: Iterable[Path], *, english: bool = True) -> dict[Path, Any]:
-    """The tokenizer of each model, checked against it, and with `english` that it can write what is asked.
+    """The tokenizer of each model, with `english` checked that it can write what is asked.
 
     Raises:
-        UsageError: if one has none, or one that is not its own.
+        UsageError: if one has none, or none that fits.
     """
     from holdfast.configuration import HybridConfig
     from holdfast.data.text import load_tokenizer
@@ -112,9 +112,23 @@ def read_text_models(directories: Iterable[Path], *, english: bool = True) -> di
             raise UsageError(f"{directory} has no tokenizer.json, so it cannot read text.")
         with usage_errors():
             tokenizers[directory] = load_tokenizer(directory)
-            config = HybridConfig.from_pretrained(directory)
-            check_tokenizer(tokenizers[directory], config, english=english, name=str(directory))
+            if english:
+                config = HybridConfig.from_pretrained(directory)
+                check_tokenizer(tokenizers[directory], config, name=str(directory))
     return tokenizers
+
+
+def refuse_unknown_tokens(texts: Iterable[Sequence[int]], tokenizer: Any, directory: Path) -> None:
+    """Refuse texts, ids each, with a token that the model in `directory` does not know.
+
+    Raises:
+        UsageError: naming the token and the model.
+    """
+    from holdfast.configuration import HybridConfig
+    from holdfast.evaluation.limits import check_texts
+
+    with usage_errors():
+        check_texts(texts, tokenizer, HybridConfig.from_pretrained(directory), name=str(directory))
 
 
 def reads_text(directory: Path) -> bool:

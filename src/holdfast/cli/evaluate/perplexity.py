@@ -20,6 +20,7 @@ from holdfast.cli.evaluate.common import (
     open_log,
     read_text_models,
     refuse_lengths,
+    refuse_unknown_tokens,
     require_positive,
     show_number,
     show_ratio,
@@ -146,8 +147,24 @@ class TextBlocks:
             directory: of the model, for errors.
 
         Raises:
-            UsageError: if there is no such text, too little of it, or it was prepared with another tokenizer.
+            UsageError: if there is no such text, too little of it, it was prepared with another tokenizer, or has a
+                token that the model does not know.
         """
+        blocks = self._read(tokenizer, directory)
+        self.check(blocks, tokenizer, directory)
+        return blocks
+
+    def check(self, blocks: Any, tokenizer: Any, directory: Path) -> None:
+        """Refuse blocks of `read` with a token that the model in `directory` does not know.
+
+        Raises:
+            UsageError: naming the token and the model.
+        """
+        count = min(len(blocks), self.max_blocks or len(blocks))
+        texts = (blocks[index]["input_ids"].tolist() for index in range(count))
+        refuse_unknown_tokens(texts, tokenizer, directory)
+
+    def _read(self, tokenizer: Any, directory: Path) -> Any:
         from holdfast.data.text import PackedText, is_prepared, load_tokenizer, open_prepared
         from holdfast.data.tokenizers import fingerprint
 
@@ -227,6 +244,8 @@ def _readings(text: TextBlocks, tokenizers: Mapping[Path, Any]) -> dict[Path, _R
         if kinds[directory] not in readings:
             blocks = text.read(tokenizer, directory)
             readings[kinds[directory]] = _Reading(blocks, text.max_blocks, TokenBytes.of(tokenizer))
+        else:
+            text.check(readings[kinds[directory]].blocks, tokenizer, directory)
     if len(readings) > 1:
         ends = {kind: _ends(reading) for kind, reading in readings.items()}
         if None in ends.values():

@@ -17,6 +17,7 @@ from holdfast.cli.evaluate.common import (
     model_directories,
     open_log,
     read_text_models,
+    refuse_unknown_tokens,
     require_positive,
     show_share,
     shown_names,
@@ -68,6 +69,9 @@ class Recall:
         tokenizers = read_text_models(directories)
         samples: dict[str, list[RecallSample]] = {task: self._load(task) for task in self._tasks()}
         samples = self._that_fit(samples, tokenizers)
+        for directory, tokenizer in tokenizers.items():
+            prompts = (tokenizer(sample.prompt).input_ids for asked in samples.values() for sample in asked)
+            refuse_unknown_tokens(prompts, tokenizer, directory)
         names = shown_names(directories)
         results: dict[str, dict[str, RecallResult]] = {}
         for directory in directories:

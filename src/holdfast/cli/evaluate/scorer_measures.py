@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.common import read_task
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import read_text_models, refuse_lengths, usage_errors
+from holdfast.cli.evaluate.common import read_text_models, refuse_lengths, refuse_unknown_tokens, usage_errors
 from holdfast.cli.evaluate.perplexity import TextBlocks
 from holdfast.settings import suggest
 
@@ -86,8 +86,9 @@ def one_pass_measures(
                 )
                 asked[task] = [sampler.sample(depth, index) for index, depth in enumerate(depths)]
         with usage_errors():
-            for sample in (sample for of_task in asked.values() for sample in of_task):
-                answer_tokens(tokenizer, sample)
+            samples_of = [sample for of_task in asked.values() for sample in of_task]
+            texts = [[*sample.ids, *answer_tokens(tokenizer, sample)] for sample in samples_of]
+        refuse_unknown_tokens(texts, tokenizer, directory)
         measures[directory] = (
             functools.partial(_found, tokenizer, asked),
             {"tasks": list(names), "samples": samples, **given},

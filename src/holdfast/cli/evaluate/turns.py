@@ -104,18 +104,19 @@ class Turns:
             error_console().print(remark, soft_wrap=True)
         names = shown_names(directories)
         settings = {"seed": self.seed, "dtype": self.dtype}
-        results = {
-            names[directory]: evaluate_turns(
-                read_model(directory, self.dtype),
-                script,
-                conversations=self.samples,
-                seed=self.seed,
-                log=open_log(self.json, "turns", directory, {**script.to_dict(), **settings}),
-                batch_size=self.batch_size,
-                beyond=self.beyond,
-            )
-            for directory, script in scripts.items()
-        }
+        with usage_errors():  # what is told may have a token that a model does not know
+            results = {
+                names[directory]: evaluate_turns(
+                    read_model(directory, self.dtype),
+                    script,
+                    conversations=self.samples,
+                    seed=self.seed,
+                    log=open_log(self.json, "turns", directory, {**script.to_dict(), **settings}),
+                    batch_size=self.batch_size,
+                    beyond=self.beyond,
+                )
+                for directory, script in scripts.items()
+            }
         table = _show(results)
         if self.json is not None:
             models = {
