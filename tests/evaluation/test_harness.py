@@ -1,6 +1,7 @@
 """The model in lm-evaluation-harness says what the model itself says, in batches with pads."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -337,3 +338,74 @@ def test_no_model_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nowhere" in capsys.readouterr().err
     assert main(["evaluate", "lm-eval", "--tasks", "opposite"]) == 2
     assert "MODEL_DIR" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_one_line_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, expected in {
+        "--taks opposite": "Unrecognized option: --taks; did you mean --tasks? (`holdfast evaluate lm-eval --help`",
+        "--zzz": "Unrecognized option: --zzz (`holdfast evaluate lm-eval --help`",
+        "--tasks opposite --limit many": "lm-eval: argument --limit/-L: invalid float value: 'many' (",
+    }.items():
+        assert main(["evaluate", "lm-eval", "nowhere", *options.split()]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"holdfast: {expected}")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("models", [(), ("nowhere",)])
+def test_tasks_are_listed(models: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local_tasks(tmp_path)
+    options = ["--include_path", str(tmp_path / "tasks")]
+    assert main(["evaluate", "lm-eval", *models, "--tasks", "list", *options]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^\|say +\|", shown, re.MULTILINE)
+    assert re.search(r"^\|lambada_openai +\|", shown, re.MULTILINE)
+    assert main(["evaluate", "lm-eval", *models, "--tasks", "list_groups", *options]) == 0
+    assert not re.search(r"^\|say +\|", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_several_models_in_one_call(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert main(["evaluate", "lm-eval", str(checkpoint), str(other), *local_tasks(tmp_path)]) == 0
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
+    assert sorted(found["config"]["model_args"]["pretrained"] for found in results) == sorted(
+        map(str, (checkpoint, other))
+    )
+    assert results[0]["results"]["say"] == results[1]["results"]["say"]
+    assert "HF model type" not in capsys.readouterr().err
+
+
+def test_offline_data_that_is_not_there_is_an_error_before_a_model_is_read(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holdfast.evaluation.harness import HoldfastLM
+
+    def reads(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was read")
+
+    monkeypatch.setattr(HoldfastLM, "__init__", reads)
+    monkeypatch.setattr("holdfast.data.hub.hub_is_reachable", lambda: False)
+    options = local_tasks(tmp_path)
+    assert main(["evaluate", "lm-eval", str(checkpoint), *options]) == 1
+    assert "a model was read" in capsys.readouterr().err
+    (tmp_path / "samples.jsonl").unlink()
+    assert main(["evaluate", "lm-eval", str(checkpoint), *options]) == 1
+    assert "samples.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
+LATE = """
+import sys
+sys.argv = sys.orig_argv = ["/usr/bin/holdfast"]
+from holdfast.cli import main
+assert main(["evaluate", "lm-eval", "--help"]) == 0
+assert main(["evaluate", "lm-eval", "x", "--taks", "y"]) == 2
+heavy = {"torch", "transformers", "datasets", "lm_eval.tasks"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_and_wrong_options_import_nothing_heavy() -> None:
+    finished = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=200, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "usage: holdfast evaluate lm-eval MODEL [MODEL ...] [OPTIONS]" in finished.stdout
+    assert "--num_fewshot" in finished.stdout

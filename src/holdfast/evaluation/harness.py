@@ -10,21 +10,23 @@ the model does not know, nor a tokenizer that puts a token behind every prompt.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lm_eval._cli import HarnessCLI
+import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import get_task_dict
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
 from holdfast.data.hub import fail_fast_offline
+from holdfast.evaluation.harness_command import read_options
 from holdfast.evaluation.limits import check_prompts, check_tokens
 from holdfast.modeling import HybridForCausalLM
 
@@ -59,6 +61,10 @@ class HoldfastLM(HFLM):
 
     def _get_config(self, pretrained: str, *, revision: str = "main", **_: Any) -> None:
         self._config = HybridConfig.from_pretrained(pretrained, revision=revision)
+
+    def _get_backend(self, config: Any, *_: Any, **__: Any) -> None:
+        """The harness knows transformers' own types alone, and warns of others."""
+        self.backend = "causal"
 
     def _create_tokenizer(self, pretrained: Any, *args: Any, add_bos_token: bool | None = None, **options: Any) -> None:
         super()._create_tokenizer(pretrained, *args, add_bos_token=add_bos_token, **options)
@@ -135,23 +141,25 @@ class HoldfastLM(HFLM):
             )
 
 
-def run_harness(model: str, arguments: Sequence[str]) -> None:
-    """Run the harness's command line with this library's model in it.
+def run_harness(models: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run the harness's command line with this library's model in it, for one model after the other.
+
+    Where the hub cannot be reached the tasks are made once before any model is read: data that is not there is the most
+    frequent error then.
 
     Args:
-        model: directory or hub id of a checkpoint with its tokenizer.
+        models: directories or hub ids of checkpoints with their tokenizers.
         arguments: any options of `lm-eval run`; they win over what is set here.
 
     Raises:
-        SystemExit: as the harness ends, on a wrong option or after help.
+        ValueError: an option is unknown or wrong.
     """
     setup_logging()
-    before = sys.argv
-    sys.argv = ["lm-eval", "run", "--model", "holdfast", "--model_args", f"pretrained={model}", *arguments]
-    try:
-        harness = HarnessCLI()
-        options = harness.parse_args()
-        with fail_fast_offline():
+    commands = [read_options(model, arguments) for model in models]
+    with fail_fast_offline():
+        if datasets.config.HF_HUB_OFFLINE:
+            settings = EvaluatorConfig.from_cli(commands[0][1])
+            manager = settings.process_tasks(settings.metadata)
+            get_task_dict(settings.tasks, manager)
+        for harness, options in commands:
             harness.execute(options)
-    finally:
-        sys.argv = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 
 from holdfast.cli.common import model_directory
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import MODELS_FIRST, check_command
+from holdfast.cli.evaluate.common import MODELS_FIRST, check_command, usage_errors
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity
@@ -41,7 +42,7 @@ examples:
   holdfast evaluate lm-eval runs/books-lalte --tasks lambada_openai,arc_easy --batch_size 8
 
 All but lm-eval keep what they have measured beside the file of --json, and continue there after an interruption.
-`lm-eval MODEL_DIR` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
+`lm-eval MODEL [MODEL ...]` takes all options of `lm-eval run` (lm-evaluation-harness, `pip install 'holdfast[eval]'`).
 """
 
 
@@ -50,7 +51,7 @@ class LmEval:
     """The tasks of lm-evaluation-harness (`pip install 'holdfast[eval]'`), with all options of its `run`."""
 
     arguments: tyro.conf.Positional[tuple[str, ...]]
-    """Directory of a trained model, or a model on the hub (OWNER/NAME[@REVISION]); then options."""
+    """Directories of trained models, or models on the hub (OWNER/NAME[@REVISION]); then options."""
 
     def run(self) -> None:
         """Never called: `run` below takes these arguments as they are. The class stands in the list of evaluations."""
@@ -97,11 +98,23 @@ def _parsed(arguments: Sequence[str]) -> Any:
 
 
 def _lm_eval(arguments: Sequence[str]) -> None:
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise UsageError("Give the model first: `holdfast evaluate lm-eval MODEL_DIR --tasks TASKS [OPTIONS]`.")
+    """Run the harness, as late as its options are known to be right: it takes seconds to import."""
+    from holdfast.evaluation.harness_command import LISTS, list_tasks, read_options, show_help
+
+    models = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    options = arguments[len(models) :]
     try:
+        if not arguments or {"-h", "--help"} & set(options):
+            print("usage: holdfast evaluate lm-eval MODEL [MODEL ...] [OPTIONS], with the options of this command:\n")
+            return show_help()
+        with usage_errors():
+            read = read_options("MODEL", options)[1]
+        if (what := LISTS.get(" ".join(read.tasks or ()))) is not None:
+            return list_tasks(what, read)
+        if not models:
+            raise UsageError("Give the models first: `holdfast evaluate lm-eval MODEL_DIR --tasks TASKS [OPTIONS]`.")
+        directories = [str(model_directory(model)) for model in models]
         from holdfast.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed; `pip install 'holdfast[eval]'` brings it.") from error
-    asks = arguments[0] in ("-h", "--help")
-    run_harness("MODEL_DIR" if asks else str(model_directory(arguments[0])), ["--help"] if asks else arguments[1:])
+    run_harness(directories, options)
