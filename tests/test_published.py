@@ -297,6 +297,70 @@ def test_conversion_both_ways(published: Path, tmp_path: Path) -> None:
         assert not list(folder.glob("*.bin"))
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> str:
+    """The one warning of a conversion, or nothing."""
+    messages = [record.getMessage() for record in caplog.records if record.name == "holdfast.checkpoints"]
+    caplog.clear()
+    assert len(messages) <= 1
+    return "".join(messages)
+
+
+def test_conversion_names_what_the_published_format_cannot_hold(
+    published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = {"two_sided": True, "proportional": True, "damping": 2.0, "budget": 7, "increase": 1.25}
+    model = HybridForCausalLM.from_pretrained(published, controller=rule, scale_residual_init=False)
+    model.config.note = "mine"
+    model.model.l1_lambda.copy_(torch.tensor([[-0.5, 0.25], [-1e-9, 0.0]]))
+    model.save_pretrained(tmp_path / "ours")
+    kept = convert(tmp_path / "ours", tmp_path / "kept", format="holdfast")
+    assert warned(caplog) == ""
+    assert HybridConfig.from_pretrained(kept).controller == HybridConfig.from_pretrained(tmp_path / "ours").controller
+
+    made = convert(tmp_path / "ours", tmp_path / "made", format="published")
+    told = warned(caplog)
+    assert told.startswith(f"{made} is without what has no place in its format: ")
+    lost = ["controller.budget = 7", "controller.damping = 2.0", "controller.proportional = true"]
+    lost += ["controller.two_sided = true", 'note = "mine"', "scale_residual_init = false"]
+    assert f": {'; '.join([*lost, 'λ below 0, now 0, of 2 of 4 heads'])}. The model computes the same; only" in told
+    assert "increase" not in told
+    again = HybridForCausalLM.from_pretrained(made).eval()
+    assert again.config.controller is not None
+    assert again.config.controller["increase"] == 1.25
+    assert not {"two_sided", "proportional", "damping", "budget"} & again.config.controller.keys()
+    assert again.model.l1_lambda.tolist() == [[0.0, 0.25], [0.0, 0.0]]
+    ids = torch.randint(0, 97, (1, 40))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_conversion_names_what_this_library_does_not_take(
+    published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for format in ("holdfast", "published"):
+        convert(published, tmp_path / "made", format=format, overwrite=True)  # type: ignore[arg-type]
+        assert warned(caplog) == ""  # speed, and a schedule that is switched off
+    change_config(published, attn__l1_warmup_steps=100, attn__routing_freeze_steps=5, fuse_norm=False, norm_first=True)
+    for format in ("holdfast", "published"):
+        convert(published, tmp_path / "made", format=format, overwrite=True)  # type: ignore[arg-type]
+        lost = "attn.l1_warmup_steps = 100; attn.routing_freeze_steps = 5; norm_first = true. The"
+        assert f" in its format: {lost}" in warned(caplog)
+
+
+def test_conversion_keeps_types_recipe_and_generation(published: Path, tmp_path: Path) -> None:
+    (published / "recipe.toml").write_text("name = 'mine'")
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "max_new_tokens": 77}))
+    source = published
+    for index, format in enumerate(("holdfast", "published", "holdfast")):
+        dtype = torch.float16 if index == 0 else None
+        source = convert(source, tmp_path / str(index), format=format, dtype=dtype)  # type: ignore[arg-type]
+        model = HybridForCausalLM.from_pretrained(source)
+        assert model.dtype == torch.float16
+        assert model.generation_config.eos_token_id == [2, 5]
+        assert model.generation_config.max_new_tokens == 77
+        assert (source / "recipe.toml").read_text() == "name = 'mine'"
+
+
 def test_conversion_casts(published: Path, tmp_path: Path) -> None:
     made = convert(published, tmp_path / "half", format="published", dtype=torch.bfloat16)
     dtypes = {key: tensor.dtype for key, tensor in load_file(made / "model.safetensors").items()}

@@ -11,11 +11,15 @@ from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from holdfast.configuration import AUTO_FILE
 from holdfast.loading import PICKLE_PATTERNS
 from holdfast.modeling import HybridForCausalLM
-from holdfast.published import to_published
+from holdfast.published import PUBLISHED_TYPES, to_published, unread_settings, unwritten_settings
+
+logger = logging.get_logger(__name__)
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -27,6 +31,8 @@ TOKENIZER_PATTERNS = (
     "*.model",
     "chat_template*",
 )
+RECIPE = "recipe.toml"
+"""Beside the weights: which task the model was trained on, without which it cannot be asked for needles of its own."""
 
 
 def convert(
@@ -38,15 +44,19 @@ def convert(
     allow_pickle: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Read a checkpoint in either format and write it in `format`: config.json, safetensors, tokenizer files.
+    """Read a checkpoint in either format and write it in `format`: config.json, safetensors, generation_config.json,
+    tokenizer files, and recipe.toml.
 
-    Everything is written to a temporary directory next to `target`, which takes its place when it is complete.
+    Everything is written to a temporary directory next to `target`, which takes its place when it is complete. What the
+    format has no place for is left out, and one warning of this module's logger names it.
 
     Args:
         source: directory or hub id.
         target: directory to make.
-        format: "holdfast" or "published". Weights are the same; config.json differs. A λ below 0 (see
-            `ControllerConfig.two_sided`), which the published rule does not know, becomes 0 in its format.
+        format: "holdfast" or "published". Weights are the same; config.json differs. The published one has no place
+            for `two_sided`, `proportional`, `damping` and `budget` of the controller and for `scale_residual_init`, and
+            a λ below 0, which its rule does not know, becomes 0. The model computes the same; further training
+            differs.
         overwrite: replace `target` if it exists.
         allow_pickle: also read pickled weights, which can run code of whoever made them.
         dtype: of the weights; None keeps theirs.
@@ -70,8 +80,7 @@ def convert(
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None
-    if published is not None and "l1_lambda" in model.model._buffers:
-        model.model.l1_lambda.clamp_(min=0)
+    lost = _unread(folder) + ([] if published is None else [*unwritten_settings(model.config), *_raise_lambda(model)])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch) / "new"
@@ -79,12 +88,34 @@ def convert(
         if published is not None:
             (made / AUTO_FILE).unlink()
             (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-        for path in (path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()):
+        for path in (
+            path for pattern in (*TOKENIZER_PATTERNS, RECIPE) for path in folder.glob(pattern) if path.is_file()
+        ):
             shutil.copyfile(path, made / path.name)
         if target.exists():
             target.rename(Path(scratch) / "old")  # deleted with the scratch directory
         made.rename(target)
+    if lost:
+        logger.warning(
+            f"{target} is without what has no place in its format: {'; '.join(lost)}. The model computes the same; "
+            "only further training differs, and what other programs do that read these."
+        )
     return target
+
+
+def _unread(folder: Path) -> list[str]:
+    """What this library does not take from the configuration in `folder`."""
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    return unread_settings(values) if values.get("model_type") in PUBLISHED_TYPES else []
+
+
+def _raise_lambda(model: HybridForCausalLM) -> list[str]:
+    """Set every λ below 0 to 0; says how many there were."""
+    if not model.model.has_scorers:
+        return []
+    below = int((model.model.l1_lambda < 0).sum())
+    model.model.l1_lambda.clamp_(min=0)
+    return [f"λ below 0, now 0, of {below} of {model.model.l1_lambda.numel()} heads"] if below else []
 
 
 def _local_folder(source: str | os.PathLike[str], allow_pickle: bool) -> Path:

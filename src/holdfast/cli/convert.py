@@ -12,8 +12,12 @@ from holdfast.cli.common import model_directory, output_console
 from holdfast.cli.parsing import parse
 
 DESCRIPTION = """\
-Rewrite a checkpoint: weights as safetensors, the configuration, and the tokenizer if there is one. SOURCE may be in
-this library's or in the published format and is not changed.
+Rewrite a checkpoint: weights as safetensors, the configuration, what generation takes for granted, recipe.toml, and the
+tokenizer if there is one. SOURCE may be in this library's or in the published format and is not changed.
+
+The published format has no place for two_sided, proportional, damping and budget of the controller, and none for a λ
+below 0, which becomes 0 there; this library's has none for the published schedule of the scorer's training. The model
+computes the same; only further training differs. A warning names what was lost.
 
 examples:
   holdfast convert downloads/gated-deltanet-lte-0.4B-10B models/lte --format holdfast
@@ -28,13 +32,13 @@ class Convert:
     source: tyro.conf.Positional[str]
     """Directory of a saved model, in either format, or a model on the hub (OWNER/NAME[@REVISION])."""
     target: tyro.conf.Positional[str]
-    """Directory to write; it must not exist."""
+    """Directory to write; one that exists is replaced only with --overwrite."""
     format: Literal["holdfast", "published"]
     """Names and configuration: those of this library, or of the published checkpoints."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Convert the weights to this type; left out: as they are."""
     overwrite: bool = False
-    """Replace TARGET if it exists."""
+    """Replace TARGET, with all that is in it, if it exists."""
     allow_pickle: bool = False
     """Read pickled weights (pytorch_model.bin) of a directory too, which can run code of whoever made them; none are
     downloaded from the hub."""
