@@ -65,7 +65,7 @@ def test_a_converted_model_keeps_its_tokenizer_and_chat_template(
     files = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"}
     files |= {"added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"}
     for name in files:
-        (whole / name).write_text(name)
+        (whole / name).write_text(f'"{name}"')
 
     def download(model: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
         names = [path.name for path in whole.iterdir()]
@@ -78,7 +78,7 @@ def test_a_converted_model_keeps_its_tokenizer_and_chat_template(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     target = tmp_path / "converted"
     assert main(["convert", "someone/small", str(target), "--format", "holdfast"]) == 0
-    assert {name: (target / name).read_text() for name in files} == {name: name for name in files}
+    assert {name: (target / name).read_text() for name in files} == {name: f'"{name}"' for name in files}
 
 
 def test_it_is_evaluated_by_its_name(hub: list[dict[str, Any]], tmp_path: Path) -> None:

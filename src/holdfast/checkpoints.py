@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from holdfast.configuration import AUTO_FILE
+from holdfast.files import read_json
 from holdfast.loading import PICKLE_PATTERNS
 from holdfast.modeling import HybridForCausalLM
 from holdfast.published import PUBLISHED_TYPES, to_published, unread_settings, unwritten_settings
@@ -66,17 +67,21 @@ def convert(
 
     Raises:
         ValueError: the format is unknown or cannot say what the configuration says, or the weights do not fit it.
-        FileExistsError: `target` exists.
+        UnreadableError: naming the file of `source` that is damaged.
+        FileExistsError: `target` exists, or it is to be replaced and holds `source`.
         OSError: there are no weights, or only pickled ones.
     """
     if format not in ("holdfast", "published"):
         raise ValueError(f"format must be 'holdfast' or 'published', got {format!r}")
     target = Path(target).resolve()
     if target.exists() and not overwrite:
-        raise FileExistsError(
-            f"{target} exists already: choose another target, or overwrite it (overwrite=True, or --overwrite)"
-        )
+        raise FileExistsError(f"{target} exists already: choose another target, or give overwrite=True.")
     folder = _local_folder(source, allow_pickle)
+    if target in (folder.resolve(), *folder.resolve().parents):
+        raise FileExistsError(f"{target} holds the source, which would be lost: choose another target.")
+    for path in _beside_the_weights(folder):
+        if path.suffix == ".json":  # transformers would go on without it
+            read_json(path)
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None
@@ -88,10 +93,9 @@ def convert(
         if published is not None:
             (made / AUTO_FILE).unlink()
             (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-        for path in (
-            path for pattern in (*TOKENIZER_PATTERNS, RECIPE) for path in folder.glob(pattern) if path.is_file()
-        ):
-            shutil.copyfile(path, made / path.name)
+        for path in _beside_the_weights(folder):
+            if path.name != GENERATION_CONFIG_NAME:  # which the model has written
+                shutil.copyfile(path, made / path.name)
         if target.exists():
             target.rename(Path(scratch) / "old")  # deleted with the scratch directory
         made.rename(target)
@@ -101,6 +105,11 @@ def convert(
             "only further training differs, and what other programs do that read these."
         )
     return target
+
+
+def _beside_the_weights(folder: Path) -> list[Path]:
+    patterns = (*TOKENIZER_PATTERNS, RECIPE, GENERATION_CONFIG_NAME)
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
 def _unread(folder: Path) -> list[str]:

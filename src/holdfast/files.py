@@ -18,6 +18,10 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
+class UnreadableError(ValueError):
+    """What was asked for is there and cannot be read: it is damaged, or something else."""
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error.
@@ -113,6 +117,19 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UnreadableError: naming the file, if it is no JSON.
+        OSError: if it cannot be opened.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # also of bytes that are no text
+        raise UnreadableError(f"{path} cannot be read: it is no JSON ({error}).") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from holdfast.files import UnreadableError
+
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -24,7 +26,8 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
         ignore_mismatched_sizes: False by default; True initialises weights of the wrong shape anew.
 
     Raises:
-        OSError: if there are no weights, or only pickled ones, or naming the file that is cut short or damaged.
+        OSError: if there are no weights, or only pickled ones.
+        UnreadableError: naming the file of weights that is damaged.
         ValueError: naming the weights that are missing, left over or of the wrong shape.
     """
     strict = kwargs.pop("strict", True)
@@ -39,7 +42,7 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
     try:
         model, info = load(source, *args, **kwargs)
     except SafetensorError as error:  # which does not name the file
-        raise OSError(f"{_damaged(source)} cannot be read ({error}); copy or download it once more.") from error
+        raise UnreadableError(f"{_damaged(source)} cannot be read ({error}); copy or download it once more.") from error
     faults = [
         f"{kind} {_names(info[key])}"
         for kind, key in FAULTS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.evaluation.intervals import Share, pooled
+from holdfast.files import UnreadableError
 
 __all__ = ["Accuracy", "read_accuracies"]
 
@@ -32,7 +33,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
         path: what `holdfast evaluate needle --json` or `holdfast demo` (results.json) wrote.
 
     Raises:
-        ValueError: if the file holds something else.
+        UnreadableError: if the file holds something else.
         OSError: if it cannot be read.
     """
     try:
@@ -41,7 +42,7 @@ def read_accuracies(path: Path) -> dict[str, list[Accuracy]]:
         found = {name: _accuracies(entry) for name, entry in models.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = f"{path} holds no accuracies; give what `holdfast evaluate needle --json` or `holdfast demo` wrote."
-        raise ValueError(message) from error
+        raise UnreadableError(message) from error
     last = [Path(name).name for name in found]
     by_last = dict(zip(last, found.values(), strict=True)) if len(set(last)) == len(last) else found
     return {name: accuracies for name, accuracies in by_last.items() if accuracies}

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.bench.ceilings import Ceilings
 from holdfast.bench.timing import Timing, speed_ratio
-from holdfast.files import write_json
+from holdfast.files import UnreadableError, write_json
 
 __all__ = ["FORMAT", "Case", "Report", "Result", "read_report"]
 
@@ -127,17 +127,17 @@ def read_report(path: Path) -> Report:
     """The report that `Report.write` wrote.
 
     Raises:
-        ValueError: if the file holds something else.
+        UnreadableError: if the file holds something else.
         OSError: if it cannot be read.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
-            raise ValueError(f"{path} has the format {data['format']}, not {FORMAT}; measure again.")
+            raise UnreadableError(f"{path} has the format {data['format']}, not {FORMAT}; measure again.")
         cases = tuple(_read_case(case) for case in data["cases"])
         return Report(data["benchmark"], data["settings"], data["machine"], Ceilings(**data["ceilings"]), cases)
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} holds no results of `holdfast bench`; give a file of its --output.") from error
+        raise UnreadableError(f"{path} holds no results of `holdfast bench`; give a file of its --output.") from error
 
 
 def _read_case(data: Mapping[str, Any]) -> Case:

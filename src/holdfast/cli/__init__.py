@@ -50,6 +50,9 @@ options:
   --version    Show the version.
   --debug      Show the traceback of an error.
 
+exit status: 0, 1 (failed, such as by a damaged file), 2 (called wrongly, such as with a path that leads nowhere), 130
+(interrupted), 143 (training told to end)
+
 examples:
   holdfast demo --short
   holdfast info gdn-lte-1.4b gdn-attn-1.4b
@@ -66,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 when the command failed; 2 when it was called wrongly; 130 when it was interrupted; 143
-        when a training was told to end (SIGTERM). What went wrong stands in one line on standard error; with `--debug`
-        the exception is raised instead.
+        when a training was told to end (SIGTERM); docs/command-line.md says what is which. What went wrong stands in
+        one line on standard error; with `--debug` the exception is raised instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

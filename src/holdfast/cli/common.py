@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.hub import fetch_model, is_hub_name
 
 if TYPE_CHECKING:
@@ -40,13 +40,12 @@ class TextOptions:
 
         Raises:
             UsageError: if there is no such text.
+        UnreadableError: if it is damaged.
         """
         from holdfast.data.text import load_text
 
-        try:
+        with usage_errors():
             return load_text(self.source, split=split, text_column=self.column, config=self.config)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from error
 
 
 def output_console() -> Console:
@@ -83,7 +82,7 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
 
     Raises:
         UsageError: if there is no model.
-        ValueError: if its configuration is of no model that this library can read.
+        ValueError: if its configuration is of no model that this library can read, or does not fit together.
         OSError: if it is no JSON.
     """
     from holdfast.configuration import HybridConfig
@@ -95,7 +94,7 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
         directory = fetch_model(name, weights=weights)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
-    HybridConfig.get_config_dict(directory)  # here: a tokenizer that is read first fails of it, and is blamed
+    HybridConfig.from_pretrained(directory)  # here: a tokenizer that is read first fails of it, and is blamed
     return directory
 
 

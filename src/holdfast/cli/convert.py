@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from holdfast.cli.common import model_directory, output_console
+from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
 
 DESCRIPTION = """\
@@ -47,18 +49,23 @@ class Convert:
 def run(arguments: Sequence[str]) -> None:
     """Parse and convert."""
     settings = parse(Convert, arguments or ["--help"], prog="holdfast convert", description=DESCRIPTION)
+    if Path(settings.target).exists() and not settings.overwrite:
+        raise UsageError(f"{settings.target} exists already; give another TARGET, or --overwrite to replace it.")
     source = model_directory(settings.source)
 
     import torch
 
     from holdfast.checkpoints import convert
 
-    written = convert(
-        source,
-        settings.target,
-        format=settings.format,
-        overwrite=settings.overwrite,
-        allow_pickle=settings.allow_pickle,
-        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
-    )
+    try:
+        written = convert(
+            source,
+            settings.target,
+            format=settings.format,
+            overwrite=settings.overwrite,
+            allow_pickle=settings.allow_pickle,
+            dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
+        )
+    except FileExistsError as error:  # SOURCE itself lies there
+        raise UsageError(str(error)) from error
     output_console().print(f"The converted model is in {written}.", soft_wrap=True)

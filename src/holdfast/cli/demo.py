@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.cli.common import error_console, output_console, quieten_transformers
+from holdfast.cli.errors import UsageError
 from holdfast.cli.parsing import parse
 from holdfast.demo.settings import DemoSettings
 
@@ -23,7 +24,10 @@ def run(arguments: Sequence[str]) -> None:
     """Parse and run the demo."""
     settings = parse(DemoSettings, arguments, prog="holdfast demo", description=DESCRIPTION)
 
-    from holdfast.demo.runner import run_demo
+    from holdfast.demo.runner import DemoFolderError, run_demo
 
     quieten_transformers()
-    run_demo(settings, output_console(), error_console())
+    try:
+        run_demo(settings, output_console(), error_console())
+    except DemoFolderError as error:
+        raise UsageError(str(error)) from error

@@ -13,8 +13,7 @@ import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, model_directory, output_console, read_model, read_task
-from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import usage_errors
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.parsing import parse
 from holdfast.units import format_bytes
 

@@ -13,6 +13,7 @@ from holdfast.cli.common import model_directory, output_console, read_model, rea
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import check_file, read_text_models, reads_text, refuse_unknown_tokens
 from holdfast.cli.parsing import parse
+from holdfast.files import UnreadableError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,5 +130,7 @@ def _read(settings: Inspect) -> str:
         return settings.prompt or ""
     try:
         return settings.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{settings.file} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no file {settings.file}; give one with text.") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{settings.file} cannot be read: {error}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from holdfast.cli.common import TextOptions, output_console, quieten_transformers
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.parsing import parse
 from holdfast.units import format_bytes, format_count
 
@@ -51,14 +51,12 @@ def run(arguments: Sequence[str]) -> None:
     from holdfast.data.text import load_tokenizer, prepare
 
     splits = tuple(dict.fromkeys(settings.splits))
-    try:
-        check_told_apart(settings.source, splits, "prepare one of them only (--splits train)")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     quieten_transformers()
-    tokenizer = load_tokenizer(settings.tokenizer)
-    for split in splits:  # a mistake shows before hours of work
-        check_target(settings.target, split, tokenizer)
+    with usage_errors():
+        check_told_apart(settings.source, splits, "prepare one of them only (--splits train)")
+        tokenizer = load_tokenizer(settings.tokenizer)
+        for split in splits:  # a mistake shows before hours of work
+            check_target(settings.target, split, tokenizer)
     sources = {split: settings.open(split) for split in splits}
     for source in sources.values():
         if isinstance(source, LocalText):

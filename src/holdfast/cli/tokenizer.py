@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from holdfast.cli.common import TextOptions, output_console, quieten_transformers
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.parsing import parse
 
 DESCRIPTION = """\
@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     from holdfast.files import write_files
 
     quieten_transformers()
-    tokenizer = train_tokenizer(settings.open(settings.split), settings.vocab_size, characters=settings.characters)
+    with usage_errors():
+        tokenizer = train_tokenizer(settings.open(settings.split), settings.vocab_size, characters=settings.characters)
     write_files(settings.out, tokenizer.save_pretrained)
     output_console().print(f"A tokenizer of {len(tokenizer):,} tokens is in {settings.out}.", soft_wrap=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.common import output_console, read_recipe
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -101,10 +101,14 @@ def _train(arguments: list[str]) -> None:
     recipe = chosen_recipe(name, overrides)
 
     from holdfast.training.run import train
+    from holdfast.training.run_directory import DirectoryTakenError
     from holdfast.training.stopping import TrainingStopped
 
     try:
-        directory = train(recipe, resume=resume)
+        with usage_errors():
+            directory = train(recipe, resume=resume)
+    except DirectoryTakenError as error:
+        raise UsageError(str(error)) from error
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(recipe)) from stop
     except TrainingStopped:

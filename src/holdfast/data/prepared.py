@@ -32,7 +32,7 @@ from holdfast.data.processes import in_processes
 from holdfast.data.progress import track
 from holdfast.data.sources import TextSource, describe_skipped, logger, usable
 from holdfast.data.tokenizers import encode_documents, fingerprint
-from holdfast.files import locked, naming, replacing, write_files, write_json
+from holdfast.files import UnreadableError, locked, naming, replacing, write_files, write_json
 
 __all__ = ["PreparedSplit", "check_target", "is_prepared", "open_prepared", "prepare"]
 
@@ -176,7 +176,8 @@ def open_prepared(
 
     Raises:
         FileNotFoundError: this split has not been prepared.
-        ValueError: naming the file that is damaged, or the split if it has not enough text for one block.
+        UnreadableError: naming the file that is damaged.
+        ValueError: the split has not enough text for one block.
     """
     folder = Path(directory)
     description = read_description(folder, split)
@@ -273,7 +274,7 @@ def read_description(folder: Path, split: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: this split has not been prepared.
-        ValueError: the description cannot be read, or is of another version.
+        UnreadableError: the description cannot be read, or is of another version.
     """
     path = folder / f"{split}.json"
     if not is_prepared(folder, split):
@@ -282,19 +283,21 @@ def read_description(folder: Path, split: str) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not describe prepared text; prepare it again.") from error
+        raise UnreadableError(f"{path} does not describe prepared text; prepare it again.") from error
     if version != FORMAT:
-        raise ValueError(f"{path} has the format {version}, not {FORMAT}; prepare it again.")
+        raise UnreadableError(f"{path} has the format {version}, not {FORMAT}; prepare it again.")
     return description
 
 
 def _map(path: Path, dtype: np.dtype, count: int, checksum: int, check: bool) -> np.ndarray:
-    """The numbers in a file, not read yet; raises ValueError when they are not those that were written."""
+    """The numbers in a file, not read yet; raises UnreadableError when they are not those that were written."""
     size = path.stat().st_size if path.is_file() else 0
     if size != count * dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, not {count * dtype.itemsize}: it is damaged; prepare it again.")
+        raise UnreadableError(
+            f"{path} has {size} bytes, not {count * dtype.itemsize}: it is damaged; prepare it again."
+        )
     if check and _checksum(path) != checksum:
-        raise ValueError(f"{path} is damaged (its checksum differs); prepare it again.")
+        raise UnreadableError(f"{path} is damaged (its checksum differs); prepare it again.")
     return np.memmap(path, dtype=dtype, mode="r")
 
 

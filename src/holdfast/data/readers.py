@@ -16,11 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["ENDINGS", "BadRow", "Reader", "no_column", "reader_of"]
+__all__ = ["ENDINGS", "BadRow", "NoColumnError", "Reader", "no_column", "reader_of"]
 
 BUFFER = 1 << 20  # bytes
 ROWS_AT_ONCE = 256  # of a parquet file
 NO_LIST = "a .json file must hold a list of objects; name a file of JSON lines .jsonl"
+
+
+class NoColumnError(ValueError):
+    """A file has no column of the name that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ def no_column(column: str, columns: Iterable[str]) -> str:
 def _parquet_rows(path: Path, column: str, place: int) -> Iterator[tuple[int, Any]]:
     with pq.ParquetFile(path, buffer_size=BUFFER) as file:
         if column not in file.schema_arrow.names:
-            raise ValueError(no_column(column, file.schema_arrow.names))
+            raise NoColumnError(no_column(column, file.schema_arrow.names))
         first = 0
         for group in range(file.num_row_groups):
             beyond = first + file.metadata.row_group(group).num_rows

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.text import load_text
+from holdfast.files import UnreadableError
 
 __all__ = ["RECALL_TASKS", "RecallSample", "is_published_squad", "load_recall"]
 
@@ -128,4 +129,4 @@ def _questions(articles: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Re
                             QUESTION.format(**{k: v.strip() for k, v in parts.items()}), answers, passage
                         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not as SQuAD publishes its questions ({error}); give such a file.") from error
+        raise UnreadableError(f"{path} is not as SQuAD publishes its questions ({error}); give such a file.") from error

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from holdfast.data.hub import fail_fast_offline
-from holdfast.data.readers import ENDINGS, BadRow, no_column, reader_of
+from holdfast.data.readers import ENDINGS, BadRow, NoColumnError, no_column, reader_of
 from holdfast.data.splits import files_of_split
+from holdfast.files import UnreadableError
 
 __all__ = [
     "HubText",
@@ -62,7 +63,7 @@ class TextSource(Protocol):
                 for JSON.
 
         Raises:
-            ValueError: naming the file that cannot be read.
+            UnreadableError: naming the file that cannot be read.
         """
 
     def __iter__(self) -> Iterator[Any]:
@@ -86,7 +87,8 @@ def load_text(
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: the file type is unknown, there is no such split (or None for a data set of the hub), the corpus
+        UnreadableError: a file is damaged.
+        ValueError: the file type is unknown, there is no such split (or None for a data set of the hub), the data set
             cannot be read, or its rows have no such column.
     """
     name = str(path_or_hub_name)
@@ -161,7 +163,7 @@ class LocalText:
         """Begin to read every file, so that one that cannot be read shows before hours of work.
 
         Raises:
-            ValueError: naming the file.
+            UnreadableError: naming the file.
         """
         for path in self.paths:
             reader = reader_of(path)
@@ -325,4 +327,5 @@ def _naming(what: Path | str, rows: Iterator[Any], errors: tuple[type[Exception]
     try:
         yield from rows
     except errors as error:
-        raise ValueError(f"cannot read {what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        kind = ValueError if isinstance(error, NoColumnError) else UnreadableError  # the column was asked for
+        raise kind(f"cannot read {what}: {' '.join(str(error).split()) or type(error).__name__}") from error

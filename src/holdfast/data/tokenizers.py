@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from holdfast.data.progress import track
 from holdfast.data.sources import count_bad_rows
+from holdfast.files import UnreadableError, read_json
 
 __all__ = ["bare", "byte_tokenizer", "encode_documents", "fingerprint", "load_tokenizer", "train_tokenizer"]
 
@@ -27,7 +28,8 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer called `byte`, one saved in a directory, or one of the hub.
 
     Raises:
-        ValueError: it cannot be loaded, or is not of the fast kind.
+        UnreadableError: naming the file that is damaged.
+        ValueError: there is none of this name, or it is not of the fast kind.
     """
     name = str(name_or_directory)
     if name == "byte":
@@ -36,12 +38,30 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        absent = "" if Path(name).exists() else "there is no such directory, and as a name on the hub: "
-        raise ValueError(f"cannot load tokenizer {name}: {absent}{error}") from error
+    except Exception as error:  # of transformers, the hub, or tokenizers, which raises bare ones
+        raise _why_not(Path(name), error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} is not a fast tokenizer; give one that has a tokenizer.json.")
     return tokenizer
+
+
+def _why_not(directory: Path, error: Exception) -> ValueError:
+    """What to say of a tokenizer that could not be loaded; the errors of the libraries name no file."""
+    what = f"cannot load tokenizer {directory}"
+    if not directory.exists():
+        return ValueError(f"{what}: there is no such directory, and as a name on the hub: {error}")
+    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
+        return ValueError(f"{what}: it holds no tokenizer.json.")
+    for path in sorted(directory.glob("*.json")):
+        try:
+            read_json(path)
+        except UnreadableError as fault:
+            return fault
+    try:
+        Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as fault:
+        return UnreadableError(f"{directory / 'tokenizer.json'} cannot be read as a tokenizer ({fault}).")
+    return UnreadableError(f"{what}: {error}")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

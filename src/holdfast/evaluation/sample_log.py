@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from holdfast.files import UnreadableError
+
 __all__ = ["SampleLog", "file_hash", "model_fingerprint", "text_fingerprint"]
 
 
@@ -26,7 +28,8 @@ class SampleLog:
         records: what this run has answered so far, by sample.
 
     Raises:
-        ValueError: if the file holds something else. A line cut off at its end, as a killed run leaves it, is dropped.
+        UnreadableError: if the file holds something else. A line cut off at its end, as a killed run leaves it, is
+            dropped.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, determines: Mapping[str, Any]) -> None:
@@ -56,7 +59,7 @@ class SampleLog:
             for number, line in enumerate(content[:whole].splitlines(), start=1):
                 record = _parsed(line)
                 if record is None:
-                    raise ValueError(f"line {number} of {path} is no answer of an evaluation; give another file.")
+                    raise UnreadableError(f"line {number} of {path} is no answer of an evaluation; give another file.")
                 if record.pop("run") == self.run:
                     self.records[record.pop("sample")] = record
             file.truncate(whole)

@@ -44,29 +44,33 @@ class RunDirectoryError(RuntimeError):
     """The run directory holds something that this run must not touch; the message says what to do."""
 
 
+class DirectoryTakenError(RunDirectoryError):
+    """It belongs to another run, or to one that was not asked to resume; another name or option is needed."""
+
+
 def check(directory: Path, recipe: Recipe, resume: bool) -> None:
     """See to it that this run may have the directory; nothing is written.
 
     Raises:
-        RunDirectoryError: if it holds another run, a finished one, or one that was not asked to resume, or if nothing
-            can be written there.
+        DirectoryTakenError: if it holds another run, a finished one, or one that was not asked to resume.
+        RunDirectoryError: if nothing can be written there.
     """
     found = _entries(directory)
     is_run = RECIPE_FILE in found
     alternatives = "give the run another name (--name), or start over (--output.overwrite)"
     if found and not is_run and not recipe.output.overwrite:
-        raise RunDirectoryError(f"{directory} is not empty and holds no run: {alternatives}.")
+        raise DirectoryTakenError(f"{directory} is not empty and holds no run: {alternatives}.")
     if is_run and (resume or not recipe.output.overwrite):
         if resume or found <= _PREPARED:
             _check_same(directory / RECIPE_FILE, recipe)
         if SUMMARY_FILE in found and not resume:
-            raise RunDirectoryError(f"{directory} holds a finished run: {alternatives}.")
+            raise DirectoryTakenError(f"{directory} holds a finished run: {alternatives}.")
         if SUMMARY_FILE in found and recipe.training.max_steps < (steps := steps_taken(directory)):
-            raise RunDirectoryError(
+            raise DirectoryTakenError(
                 f"{directory} holds a finished run: raise training.max_steps above {steps} to go on, {alternatives}."
             )
         if found - _PREPARED and not resume:
-            raise RunDirectoryError(f"{directory} holds an unfinished run: resume it (--resume), {alternatives}.")
+            raise DirectoryTakenError(f"{directory} holds an unfinished run: resume it (--resume), {alternatives}.")
     standing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         reason = "is not a directory" if not standing.is_dir() else "may not be written"

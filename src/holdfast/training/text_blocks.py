@@ -22,6 +22,7 @@ from holdfast.data.text import (
     open_prepared,
     train_tokenizer,
 )
+from holdfast.files import UnreadableError
 from holdfast.training.recipe import TextData
 
 WITHOUT_EVALUATIONS = "train without evaluations (--data.validation-split None)"
@@ -129,7 +130,7 @@ def _open(data: TextData, split: str) -> TextSource:
     try:
         return load_text(data.source, split=split, text_column=data.column, config=data.config)
     except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = next(kind for kind in (FileNotFoundError, UnreadableError, ValueError) if isinstance(error, kind))
         way_out = f", or {WITHOUT_EVALUATIONS}" if split == data.validation_split else ""
         raise kind(f"{str(error).rstrip('.')} (--data.source of the recipe{way_out}).") from error
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from holdfast.cli.common import model_directory
-from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import MODELS_FIRST, check_command, usage_errors
+from holdfast.cli.errors import UsageError, usage_errors
+from holdfast.cli.evaluate.common import MODELS_FIRST, check_command
 from holdfast.cli.evaluate.efficiency import Efficiency
 from holdfast.cli.evaluate.needle import Needle
 from holdfast.cli.evaluate.perplexity import Perplexity

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from holdfast.cli.common import error_console, model_directory
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.hub import hub_name
 from holdfast.files import write_json
 
@@ -39,15 +39,6 @@ NOT_COVERED = "Intervals: other such samples or blocks, these models; they do no
 """What is said below tables with intervals."""
 OUTPUTS = ("json", "plot", "pareto")
 """Options of the evaluations that name files to write."""
-
-
-@contextmanager
-def usage_errors(option: str | None = None) -> Iterator[None]:
-    """Settings that do not fit together are errors of usage, with the `option` in front that they come from."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(str(error) if option is None else f"{option}: {error}") from error
 
 
 def model_directories(names: Sequence[str], command: str) -> list[Path]:

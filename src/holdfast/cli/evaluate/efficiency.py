@@ -13,7 +13,7 @@ from rich.table import Table
 from holdfast.bench.settings import BenchSettings, SizeName
 from holdfast.cli.bench import format_rate, format_seconds
 from holdfast.cli.common import error_console, output_console, quieten_transformers
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.evaluate.common import (
     ModelsIfAny,
     check_picture,
@@ -22,7 +22,6 @@ from holdfast.cli.evaluate.common import (
     read_text_models,
     require_positive,
     shown_names,
-    usage_errors,
     write_results,
 )
 from holdfast.cli.evaluate.perplexity import TextBlocks

@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from holdfast.cli.common import output_console, read_model, read_task
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.evaluate.common import (
     Models,
     check_picture,
@@ -25,7 +25,6 @@ from holdfast.cli.evaluate.common import (
     show_share,
     shown_names,
     trained_length,
-    usage_errors,
     write_results,
 )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.evaluate.common import (
     NOT_COVERED,
     Models,
@@ -25,7 +25,6 @@ from holdfast.cli.evaluate.common import (
     show_number,
     show_ratio,
     shown_names,
-    usage_errors,
     write_results,
 )
 

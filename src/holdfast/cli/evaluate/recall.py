@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model
-from holdfast.cli.errors import UsageError, one_line
+from holdfast.cli.errors import UsageError, one_line, usage_errors
 from holdfast.cli.evaluate.common import (
     Models,
     model_directories,
@@ -112,11 +112,12 @@ class Recall:
     def _load(self, task: str) -> list[RecallSample]:
         from holdfast.data.recall import load_recall
 
+        if self.data is not None:
+            with usage_errors("--data"):
+                return load_recall(task, self.data, limit=self.samples, seed=self.seed)
         try:
-            return load_recall(task, self.data, limit=self.samples, seed=self.seed)
+            return load_recall(task, limit=self.samples, seed=self.seed)
         except (ValueError, FileNotFoundError) as error:
-            if self.data is not None:
-                raise UsageError(f"--data: {one_line(error)}") from error
             advice = f"or give a file of the task: --tasks {task} --data FILE"
             raise UsageError(f"{one_line(error)}; {advice}") from error
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.common import read_task
-from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import read_text_models, refuse_lengths, refuse_unknown_tokens, usage_errors
+from holdfast.cli.errors import UsageError, usage_errors
+from holdfast.cli.evaluate.common import read_text_models, refuse_lengths, refuse_unknown_tokens
 from holdfast.cli.evaluate.perplexity import TextBlocks
 from holdfast.settings import suggest
 

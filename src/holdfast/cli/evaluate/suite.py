@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console
-from holdfast.cli.errors import UsageError, one_line
+from holdfast.cli.errors import UsageError, one_line, usage_errors
 from holdfast.cli.evaluate.common import (
     Models,
     check_folder,
@@ -22,7 +22,6 @@ from holdfast.cli.evaluate.common import (
     require_positive,
     shown_names,
     told_apart,
-    usage_errors,
 )
 from holdfast.cli.evaluate.needle import OwnTaskOptions, TextOptions
 from holdfast.cli.evaluate.overview import overview_tables

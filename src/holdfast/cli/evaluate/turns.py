@@ -11,7 +11,7 @@ import tyro
 from rich.table import Table
 
 from holdfast.cli.common import error_console, output_console, read_model, read_task
-from holdfast.cli.errors import UsageError
+from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.evaluate.common import (
     Models,
     check_picture,
@@ -25,7 +25,6 @@ from holdfast.cli.evaluate.common import (
     show_share,
     shown_names,
     trained_length,
-    usage_errors,
     write_results,
 )
 from holdfast.units import format_bytes
@@ -104,19 +103,20 @@ class Turns:
             error_console().print(remark, soft_wrap=True)
         names = shown_names(directories)
         settings = {"seed": self.seed, "dtype": self.dtype}
-        with usage_errors():  # what is told may have a token that a model does not know
-            results = {
-                names[directory]: evaluate_turns(
-                    read_model(directory, self.dtype),
+        results = {}
+        for directory, script in scripts.items():
+            model = read_model(directory, self.dtype)
+            log = open_log(self.json, "turns", directory, {**script.to_dict(), **settings})
+            with usage_errors():  # what is told may have a token that the model does not know
+                results[names[directory]] = evaluate_turns(
+                    model,
                     script,
                     conversations=self.samples,
                     seed=self.seed,
-                    log=open_log(self.json, "turns", directory, {**script.to_dict(), **settings}),
+                    log=log,
                     batch_size=self.batch_size,
                     beyond=self.beyond,
                 )
-                for directory, script in scripts.items()
-            }
         table = _show(results)
         if self.json is not None:
             models = {
