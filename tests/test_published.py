@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers import AutoConfig, LlamaConfig
 from holdfast import HybridConfig, HybridForCausalLM
 from holdfast.checkpoints import convert
 from holdfast.cli import main
-from holdfast.published import from_published, to_published
+from holdfast.data.text import byte_tokenizer, load_tokenizer
+from holdfast.published import PUBLISHED_TYPES, from_published, to_published
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -359,6 +361,24 @@ def test_conversion_keeps_types_recipe_and_generation(published: Path, tmp_path:
         assert model.generation_config.eos_token_id == [2, 5]
         assert model.generation_config.max_new_tokens == 77
         assert (source / "recipe.toml").read_text() == "name = 'mine'"
+
+
+def test_the_tokenizer_beside_a_published_configuration(published: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It loads without a word about the type of the model, which none of transformers' Auto classes knows."""
+    byte_tokenizer().save_pretrained(published)
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        for model_type in PUBLISHED_TYPES:
+            change_config(published, model_type=model_type)
+            assert load_tokenizer(published)("abc").input_ids == [97, 98, 99]
+            assert load_tokenizer(str(published)).eos_token_id == 258
+        assert caplog.messages == []
+        change_config(published, model_type="no model of transformers")
+        load_tokenizer(published)
+        assert "no model of transformers" in caplog.text  # what is of no published type is transformers' business
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
 
 
 def test_conversion_casts(published: Path, tmp_path: Path) -> None:

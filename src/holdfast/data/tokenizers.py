@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from holdfast.data.progress import track
 from holdfast.data.sources import count_bad_rows
 from holdfast.files import UnreadableError, read_json
+from holdfast.published import PUBLISHED_TYPES
 
 __all__ = ["bare", "byte_tokenizer", "encode_documents", "fingerprint", "load_tokenizer", "train_tokenizer"]
 
@@ -37,12 +38,24 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
     import holdfast.configuration  # noqa: F401  # registers what AutoTokenizer finds beside the tokenizer of a model
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, config=_published_config(name))
     except Exception as error:  # of transformers, the hub, or tokenizers, which raises bare ones
         raise _why_not(Path(name), error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} is not a fast tokenizer; give one that has a tokenizer.json.")
     return tokenizer
+
+
+def _published_config(name: str) -> PreTrainedConfig | None:
+    """What a published config.json says, whose type no Auto class knows: it would be read as one of no type at all.
+
+    None where `AutoTokenizer` reads the configuration beside the tokenizer itself, or there is none.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return None
+    return PreTrainedConfig.from_dict(values) if values.get("model_type") in PUBLISHED_TYPES else None
 
 
 def _why_not(directory: Path, error: Exception) -> ValueError:
