@@ -1,5 +1,6 @@
 """The same kind of fault has the same exit status, and a line that names the file, whichever command meets it."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,28 @@ def test_a_place_that_is_taken(model: Path, capfd: pytest.CaptureFixture[str]) -
     Path("demo/mine").touch()
     assert "2 demo holds something that no demo wrote" in status_and_line("demo --output demo", capfd)
     assert Path("demo/mine").exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "evaluate needle MODEL",
+        "evaluate recall MODEL --tasks squad --data text.txt",
+        "evaluate turns MODEL",
+        "evaluate scorers MODEL --data text.txt",
+        "evaluate efficiency MODEL",
+        "evaluate all MODEL --output made",
+        "info MODEL",
+        "report MODEL",
+    ],
+)
+def test_the_same_thing_twice(call: str, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert status_and_line(call, capfd, "model model") == "2 model is given twice; give it once."
+    for again in ("./model", str(model), "../" + model.parent.name + "/model/"):
+        line = status_and_line(call, capfd, f"model {again}")
+        assert re.fullmatch(r"2 model is given twice(, as \S*/model/? too)?; give it once\.", line)
+    assert not Path("made").exists()
+    assert "gdn-lte-1.4b is given twice" in status_and_line("info gdn-lte-1.4b gdn-swa-1.4b gdn-lte-1.4b", capfd)
 
 
 def test_conversion_does_not_go_on_without_a_damaged_file(model: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +98,25 @@ def model_directory(name: str, *, weights: bool = True) -> Path:
         raise UsageError(f"{name} holds no saved model (no config.json); has its training finished?")
     HybridConfig.from_pretrained(directory)  # here: a tokenizer that is read first fails of it, and is blamed
     return directory
+
+
+def refuse_twice(names: Sequence[str | Path], places: Sequence[str | Path]) -> None:
+    """Refuse to show one thing side by side with itself.
+
+    Args:
+        names: as they were given.
+        places: where each lies, or what else tells it from others; a link is not followed, for it is another name.
+
+    Raises:
+        UsageError: naming the two names of one place.
+    """
+    first: dict[str, str | Path] = {}
+    for name, place in zip(names, places, strict=True):
+        key = os.path.abspath(place) if isinstance(place, Path) else place
+        if key in first:
+            again = "" if str(first[key]) == str(name) else f", as {name} too"
+            raise UsageError(f"{first[key]} is given twice{again}; give it once.")
+        first[key] = name
 
 
 def read_model(directory: Path, dtype: str = "float32") -> Any:

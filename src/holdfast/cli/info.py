@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.table import Table
 
-from holdfast.cli.common import model_directory, output_console, read_recipe
+from holdfast.cli.common import model_directory, output_console, read_recipe, refuse_twice
 from holdfast.cli.errors import UsageError
 from holdfast.cli.hub import is_hub_name
 from holdfast.cli.parsing import parse
@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> None:
 
     dtype = getattr(torch, settings.dtype)
     directories = {name: _directory(name) for name in settings.models}
+    refuse_twice(settings.models, [directories[name] or name for name in settings.models])
     costs = {
         name: describe_cost(_read_config(name, directory), dtype=dtype, batch_size=settings.batch_size)
         for name, directory in directories.items()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from holdfast.cli.common import output_console
+from holdfast.cli.common import output_console, refuse_twice
 from holdfast.cli.errors import UsageError
 from holdfast.cli.evaluate.common import check_file
 from holdfast.cli.parsing import parse
@@ -49,6 +49,7 @@ def run(arguments: Sequence[str]) -> None:
 
     from holdfast.training.report import write_report
 
+    refuse_twice(settings.runs, settings.runs)
     histories = _histories(settings.runs)
     page = write_report(histories, settings.output, progress=True)
     output_console().print(f"Open {page} in a browser.", soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from holdfast.cli.common import error_console, model_directory
+from holdfast.cli.common import error_console, model_directory, refuse_twice
 from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.hub import hub_name
 from holdfast.files import write_json
@@ -45,11 +45,13 @@ def model_directories(names: Sequence[str], command: str) -> list[Path]:
     """The directories of saved models.
 
     Raises:
-        UsageError: if there is none, or one holds no model.
+        UsageError: if there is none, one holds no model, or two names are of the same directory.
     """
     if not names:
         raise UsageError(f"Give at least one model directory: `holdfast evaluate {command} MODEL_DIR`; {MODELS_FIRST}.")
-    return [model_directory(name) for name in names]
+    directories = [model_directory(name) for name in names]
+    refuse_twice(names, directories)
+    return directories
 
 
 def shown_names(directories: Sequence[Path]) -> dict[Path, str]:

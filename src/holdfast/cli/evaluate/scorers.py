@@ -105,7 +105,7 @@ class Scorers:
         from holdfast.data.progress import track
         from holdfast.evaluation.scorers import SCORERS, compare_scorers
 
-        directories = list(dict.fromkeys(model_directories(self.models, "scorers")))  # none counts twice
+        directories = model_directories(self.models, "scorers")
         scorers = tuple(dict.fromkeys(self.scorers or SCORERS))
         if unknown := [name for name in scorers if name not in SCORERS]:
             raise UsageError(f"There is no scorer {unknown[0]!r}{suggest(unknown[0], SCORERS)}.")
