@@ -205,6 +205,7 @@ def test_text_turns_and_essays(models: Path, tmp_path: Path) -> None:
     found = json.loads(file.read_text())["models"]["text"]
     assert 900 < found["tokens_said"] <= 1000  # by default what the model was trained on
     assert found["script"]["kind"] == "text"
+    file = tmp_path / "needle.json"
     argv = ["evaluate", "needle", str(models / "text"), *NEEDLE, "--tasks", "all", *haystack, "--beyond"]
     assert main([*argv, "--length", "1200", "--depths", "50", "--samples", "1", "--json", str(file)]) == 0
     written = json.loads(file.read_text())

@@ -210,7 +210,7 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(
         capsys.readouterr()
         assert main(["inspect", str(models / argv[0]), *argv[1:], "--output", page]) == 2
         assert message in capsys.readouterr().err
-    few = ["--length", "32", "--max-blocks", "1"]  # of the first document, which is longer
+    few = ["--length", "32", "--samples", "1"]  # of the first document, which is longer
     assert main(["evaluate", "perplexity", names["foreign"], *text, *few]) == 0
 
 
@@ -253,13 +253,14 @@ def test_by_default_as_many_blocks_are_read_at_once_as_hold_16384_tokens(
 
 
 def test_beyond_the_length_of_training(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    text = ["--data", str(models / "text.jsonl"), "--samples", "2", "--json", str(out)]
-    assert main(["evaluate", "perplexity", str(models / "text"), *text]) == 0
+    out = tmp_path / "perplexity.json"
+    text = ["--data", str(models / "text.jsonl"), "--samples", "2", "--json"]
+    assert main(["evaluate", "perplexity", str(models / "text"), *text, str(out)]) == 0
     assert written(out)["settings"]["length"] == TOLD  # by default what the model was told of
-    assert main(["evaluate", "perplexity", str(models / "text"), *text, "--length", "100", "--beyond"]) == 0
+    assert main(["evaluate", "perplexity", str(models / "text"), *text, str(out), "--length", "100", "--beyond"]) == 0
     assert written(out)["models"]["text"]["bins"][-1]["stop"] == 100
-    argv = ["evaluate", "scorers", str(models / "text"), *text, *BUDGETS, "--scorers", "recency"]
+    out = tmp_path / "scorers.json"
+    argv = ["evaluate", "scorers", str(models / "text"), *text, str(out), *BUDGETS, "--scorers", "recency"]
     assert main(argv) == 0
     assert written(out)["settings"]["length"] == TOLD
     assert main([*argv, "--length", "100", "--beyond"]) == 0

@@ -11,7 +11,7 @@ import tyro
 
 from holdfast.cli.common import model_directory, output_console, read_model, read_task
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_file, read_text_models, reads_text, refuse_unknown_tokens
+from holdfast.cli.evaluate.common import check_page, read_text_models, reads_text, refuse_unknown_tokens
 from holdfast.cli.parsing import parse
 from holdfast.files import UnreadableError
 
@@ -64,7 +64,7 @@ class Inspect:
             raise UsageError("--seed draws the sample of --needle, and text is read as it is; leave --seed out.")
         if self.max_tokens is not None and not 1 <= self.max_tokens <= MOST_TOKENS:
             raise UsageError(f"--max-tokens is {self.max_tokens:,}; give 1 to {MOST_TOKENS:,}.")
-        check_file(self.output, "--output")
+        check_page(self.output)
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from holdfast.cli.common import output_console, refuse_twice
 from holdfast.cli.errors import UsageError
-from holdfast.cli.evaluate.common import check_file
+from holdfast.cli.evaluate.common import check_page
 from holdfast.cli.parsing import parse
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ReportSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise UsageError("Give at least one run directory: `holdfast report RUN`.")
-        check_file(self.output, "--output")
+        check_page(self.output)
 
 
 def run(arguments: Sequence[str]) -> None:

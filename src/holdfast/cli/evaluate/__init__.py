@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] == "lm-eval":  # whose options are not known here
         return _lm_eval(arguments[1:])
     command = _parsed(arguments or ["--help"])
-    check_command(command)
+    check_command(command, arguments[0])
     command.run()
 
 

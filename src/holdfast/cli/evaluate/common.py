@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -16,7 +17,7 @@ import tyro
 from holdfast.cli.common import error_console, model_directory, refuse_twice
 from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.hub import hub_name
-from holdfast.files import write_json
+from holdfast.files import UnreadableError, read_json, write_json
 
 if TYPE_CHECKING:
     from holdfast.configuration import HybridConfig
@@ -37,6 +38,7 @@ MODELS_FIRST = "models come before the options, or after --, for options of seve
 PICTURES = (".png", ".svg", ".pdf")
 NOT_COVERED = "Intervals: other such samples or blocks, these models; they do not cover the seeds of training."
 """What is said below tables with intervals."""
+PAGES = (".html", ".htm")
 OUTPUTS = ("json", "plot", "pareto")
 """Options of the evaluations that name files to write."""
 
@@ -170,8 +172,9 @@ def check_picture(path: Path | None, option: str = "--plot") -> None:
         raise UsageError(f"{option} is {path}; give a file that ends in {', '.join(PICTURES)}.")
 
 
-def check_command(command: Any) -> None:
-    """Refuse before anything is measured what would fail after hours: files that cannot be written, and a seed below 0.
+def check_command(command: Any, evaluation: str) -> None:
+    """Refuse before anything is measured what would fail after hours, or destroy what is no result of this evaluation:
+    files that cannot be written, or hold something else, and a seed below 0.
 
     Raises:
         UsageError: naming the option.
@@ -179,6 +182,8 @@ def check_command(command: Any) -> None:
     for name in OUTPUTS:
         if (path := getattr(command, name, None)) is not None:
             check_file(path, f"--{name}")
+    if (path := getattr(command, "json", None)) is not None:
+        _results_in(path, evaluation)
     seed = getattr(command, "seed", None)
     if seed is not None and seed < 0:
         raise UsageError(f"--seed is {seed}; give 0 or more.")
@@ -197,6 +202,17 @@ def check_file(path: Path, option: str) -> None:
         raise UsageError(f"{option} is {path}, but {folder} is a file and no directory.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{option} is {path}, but nothing can be written in {folder}.")
+
+
+def check_page(path: Path) -> None:
+    """Refuse an --output at which no page can be written, or whose name is that of no page.
+
+    Raises:
+        UsageError: saying what to give.
+    """
+    check_file(path, "--output")
+    if path.suffix.lower() not in PAGES:
+        raise UsageError(f"--output is {path}, and a page is written; give a file that ends in {', '.join(PAGES)}.")
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -241,7 +257,7 @@ def open_log(
     from holdfast.evaluation.sample_log import SampleLog, model_fingerprint
     from holdfast.machine import describe_machine
 
-    path = None if json is None else json.with_suffix(".samples.jsonl")
+    path = None if json is None else log_beside(json)
     fingerprint = model_fingerprint(model) if isinstance(model, Path) else model.to_dict()
     machine = describe_machine()
     by = {name: machine[name] for name in ("commit", "packages", "accelerator")}
@@ -252,14 +268,53 @@ def open_log(
     return log
 
 
+def _results_in(path: Path, evaluation: str) -> dict[str, Any]:
+    """The results that an earlier call has left in a file; empty where there is none.
+
+    Raises:
+        UsageError: if the file is not called .json, or holds something else than results of this evaluation.
+    """
+    if path.suffix.lower() != ".json":
+        raise UsageError(f"--json is {path}; give a file that ends in .json.")
+    if not path.exists() or not path.stat().st_size:
+        return {}
+    try:
+        found = read_json(path)
+    except UnreadableError:
+        found = None
+    before = found.get("evaluation") if isinstance(found, dict) else None
+    if before == evaluation:
+        return found
+    what = f"results of `evaluate {before}`" if isinstance(before, str) else "something that no evaluation has written"
+    raise UsageError(f"--json is {path}, which holds {what}; give another file, or remove that one.")
+
+
+def log_beside(path: Path) -> Path:
+    """The file of answers, or of what else is kept, beside a file of results."""
+    return path.with_suffix(".samples.jsonl")
+
+
 def write_results(path: Path, evaluation: str, settings: Mapping[str, Any], models: Mapping[str, Any]) -> None:
-    """Write the results of each model, with the settings (the seed among them), machine, versions and commit."""
+    """Write the results of each model, with the settings (the seed among them), machine, versions and commit; say so
+    where results of other models, or with other settings, are lost by it.
+
+    Raises:
+        UsageError: if something else lies there by now.
+    """
     from holdfast.machine import describe_machine
 
-    write_json(
-        path,
-        {"evaluation": evaluation, "settings": dict(settings), "machine": describe_machine(), "models": dict(models)},
-    )
+    record = {"settings": dict(settings), "machine": describe_machine(), "models": dict(models)}
+    old, new = _results_in(path, evaluation), json.loads(json.dumps({"evaluation": evaluation, **record}))
+    others = old.get("settings") != new["settings"]
+    lost = [name for name in old.get("models", ()) if others or name not in new["models"]]
+    write_json(path, new)
+    if lost:
+        why = ", which were measured with other settings," if others else ""
+        error_console().print(
+            f"{path}: the results of {', '.join(lost)}{why} are replaced. What they follow from stays in "
+            f"{log_beside(path)}, where a call like theirs with --json finds it.",
+            soft_wrap=True,
+        )
 
 
 def show_share(share: Share | None) -> str:
