@@ -15,13 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
-from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import get_task_dict
 from lm_eval.utils import setup_logging
 
 from holdfast.configuration import HybridConfig
@@ -144,9 +141,6 @@ class HoldfastLM(HFLM):
 def run_harness(models: Sequence[str], arguments: Sequence[str]) -> None:
     """Run the harness's command line with this library's model in it, for one model after the other.
 
-    Where the hub cannot be reached the tasks are made once before any model is read: data that is not there is the most
-    frequent error then.
-
     Args:
         models: directories or hub ids of checkpoints with their tokenizers.
         arguments: any options of `lm-eval run`; they win over what is set here.
@@ -157,9 +151,5 @@ def run_harness(models: Sequence[str], arguments: Sequence[str]) -> None:
     setup_logging()
     commands = [read_options(model, arguments) for model in models]
     with fail_fast_offline():
-        if datasets.config.HF_HUB_OFFLINE:
-            settings = EvaluatorConfig.from_cli(commands[0][1])
-            manager = settings.process_tasks(settings.metadata)
-            get_task_dict(settings.tasks, manager)
         for harness, options in commands:
             harness.execute(options)
