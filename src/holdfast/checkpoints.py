@@ -77,11 +77,7 @@ def convert(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already: choose another target, or give overwrite=True.")
     folder = _local_folder(source, allow_pickle)
-    if target in (folder.resolve(), *folder.resolve().parents):
-        raise FileExistsError(f"{target} holds the source, which would be lost: choose another target.")
-    for path in _beside_the_weights(folder):
-        if path.suffix == ".json":  # transformers would go on without it
-            read_json(path)
+    _check(folder, target)
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None
@@ -105,6 +101,20 @@ def convert(
             "only further training differs, and what other programs do that read these."
         )
     return target
+
+
+def _check(folder: Path, target: Path) -> None:
+    """Refuse what would lose something.
+
+    Raises:
+        FileExistsError: `target` holds `folder`.
+        UnreadableError: naming the file beside the weights that is damaged.
+    """
+    if target in (folder.resolve(), *folder.resolve().parents):
+        raise FileExistsError(f"{target} holds the source, which would be lost: choose another target.")
+    for path in _beside_the_weights(folder):
+        if path.suffix == ".json":  # transformers would go on without it
+            read_json(path)
 
 
 def _beside_the_weights(folder: Path) -> list[Path]:
@@ -131,5 +141,5 @@ def _local_folder(source: str | os.PathLike[str], allow_pickle: bool) -> Path:
     """The directory `source`, or that of a download from the hub with the files that matter."""
     if Path(source).is_dir():
         return Path(source)
-    patterns = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
+    patterns = ["*.json", "*.safetensors", RECIPE, *TOKENIZER_PATTERNS, *(PICKLE_PATTERNS if allow_pickle else ())]
     return Path(snapshot_download(os.fspath(source), allow_patterns=patterns))
