@@ -2,11 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.ops.gated_attention import gated_retained_attention
 from holdfast.ops.gated_delta_rule import gated_delta_rule, gated_delta_step, native
@@ -17,6 +19,7 @@ from holdfast.ops.retained_attention import retained_attention
 from holdfast.ops.rotary import apply_rotary, rotary_tables
 from holdfast.ops.short_convolution import short_convolution
 from holdfast.ops.swiglu import swiglu
+from holdfast.ops.window_step import Slots, window_step
 
 Op = Callable[..., Tensor]
 
@@ -39,6 +42,16 @@ def delta_inputs(T: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ..
 
 def attention_inputs(queries: int, keys: int, *further: tuple[int, ...]) -> tuple[Tensor, ...]:
     return random((1, queries, 2, 16), (1, keys, 2, 16), (1, keys, 2, 16), *further)
+
+
+def step(q: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *, backend: str) -> Tensor:
+    """A step of decoding over slots that keep their gradient."""
+    slots = Slots(keys.clone(), values.clone(), torch.full((1,), 5))
+    return window_step(q, key, value, slots, backend=backend)
+
+
+def step_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return random((1, 4, 8), (1, 2, 8), (1, 2, 8), (1, 2, 3, 8), (1, 2, 3, 8), dtype=dtype)
 
 
 def second_gradients(op: Op, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,6 +92,7 @@ REFUSED = [
         partial(native_sparse_attention, **SPARSE, backend="blocked"),
         attention_inputs(40, 40, GATES),
     ),
+    ("window_step", "pytorch", partial(step, backend="pytorch"), step_inputs()),
     pytest.param(
         "retained_attention",
         "triton",
@@ -96,9 +110,13 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("around", [nullcontext(), FlopCounterMode(display=False)], ids=["alone", "counted"])
 @pytest.mark.parametrize(("name", "backend", "op", "inputs"), REFUSED)
-def test_what_has_no_second_derivative_says_so(name: str, backend: str, op: Op, inputs: tuple[Tensor, ...]) -> None:
-    with pytest.raises(RuntimeError, match=f"^{name} has no second derivative with backend '{backend}': take"):
+def test_what_has_no_second_derivative_says_so(
+    name: str, backend: str, op: Op, inputs: tuple[Tensor, ...], around: AbstractContextManager[object]
+) -> None:
+    message = f"^{name} has no second derivative with backend '{backend}': take"
+    with around, pytest.raises(RuntimeError, match=message):
         second_gradients(op, inputs)
 
 
@@ -110,9 +128,19 @@ def test_first_derivatives_may_keep_their_graph(queries: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_first_derivatives_of_a_step_may_keep_their_graph() -> None:
+    inputs = step_inputs()
+    found, expected = (
+        torch.autograd.grad(step(*inputs, backend=backend).square().sum(), inputs, create_graph=True)
+        for backend in ("pytorch", "reference")
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [
+        (partial(step, backend="reference"), step_inputs(torch.float64)),
         (partial(gated_delta_rule, backend="reference"), delta_inputs(5, torch.float64)),
         (
             partial(retained_attention, visible_until=None, window=2, backend="reference"),

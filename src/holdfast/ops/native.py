@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from holdfast.files import replacing
 
-__all__ = ["GRIDS", "VECTORS", "Functions", "is_plain", "is_watched", "load_library"]
+__all__ = ["GRIDS", "VECTORS", "Functions", "is_plain", "is_transformed", "is_watched", "load_library"]
 
 VECTORS = Path(__file__).with_name("vectors.h")
 """Vectors of floats and products of small matrices, for C++ sources."""
@@ -42,15 +42,19 @@ _VECTORS = {
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def is_watched() -> bool:
-    """Whether something follows or transforms PyTorch's operations: it would not see what C++ does."""
+def is_transformed() -> bool:
+    """Whether a compiler, or a transformation such as vmap or jvp, makes something else of PyTorch's operations."""
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
-        or torch._C._functorch.peek_interpreter_stack()  # vmap, jvp
+        or torch._C._functorch.peek_interpreter_stack()
     )
+
+
+def is_watched() -> bool:
+    """Whether something follows or transforms PyTorch's operations: it would not see what C++ does."""
+    return is_transformed() or bool(torch._C._len_torch_dispatch_stack())  # FLOP counters, fake tensors
 
 
 def is_plain(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from holdfast.ops.native import is_watched
+from holdfast.ops.native import is_transformed
 
 __all__ = ["differentiable_once", "refuse_in"]
 
@@ -33,7 +33,7 @@ def differentiable_once(op: str, backend: str, *tensors: Tensor) -> tuple[Tensor
     own. First derivatives are as they were, with `create_graph` too.
     """
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _Once.apply(_message(op, backend), *tensors) if wanted and not is_watched() else tensors
+    return _Once.apply(_message(op, backend), *tensors) if wanted and not is_transformed() else tensors
 
 
 def _message(op: str, backend: str) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from holdfast.ops.second_derivatives import differentiable_once
 from holdfast.ops.window_step.slots import EMPTY, Slots, ring_positions
 
 
@@ -73,5 +74,6 @@ def _attend(q: Tensor, slots: Slots, scale: float) -> Tensor:
     if slots.positions is not None:
         visible = torch.cat([slots.positions >= 0, visible.expand(-1, kv_heads, -1)], dim=2)
     keys, values = slots.keys.to(q.dtype), slots.values.to(q.dtype)
+    groups, keys, values = differentiable_once("window_step", "pytorch", groups, keys, values)
     out = F.scaled_dot_product_attention(groups, keys, values, attn_mask=visible.unsqueeze(2), scale=scale)
     return out.reshape(batch, heads, dim)
