@@ -76,6 +76,28 @@ def test_random_steps(backend: str, ring: int, budget: int, delay: int, sinks: i
     assert entered > 0 or not budget
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_changes_nothing(backend: str) -> None:
+    slots = empty(1, 1, 5, 0, 16)
+    slots.keys.normal_(), slots.values.normal_()
+    tensors = [torch.randn(1, heads, 16, device=DEVICE) for heads in (2, 1, 1)]
+    expected = window_step(*tensors, selected(slots), backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = window_step(*tensors, slots, backend=backend)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_the_reference_computes_16_bit_inputs_in_fp32() -> None:
+    slots = empty(2, 1, 40, 0, 16, torch.bfloat16)
+    slots.keys.normal_(), slots.values.normal_()
+    slots.seen.fill_(40)
+    tensors = [torch.randn(2, heads, 16, device=DEVICE).bfloat16() for heads in (2, 1, 1)]
+    wide = dataclasses.replace(selected(slots), keys=slots.keys.float(), values=slots.values.float())
+    expected = window_step(*(x.float() for x in tensors), wide, backend="reference")
+    assert torch.equal(window_step(*tensors, slots, backend="reference"), expected.bfloat16())
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_a_row_without_tokens_gives_zeros(backend: str) -> None:
     slots = empty(1, 1, 3, 2, 16)

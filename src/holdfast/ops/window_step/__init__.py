@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.ops import one_token
+from holdfast.ops.precision import without_autocast
 from holdfast.ops.window_step import native
 from holdfast.ops.window_step.native import window_step_native
 from holdfast.ops.window_step.operator import is_available, supports, window_step_triton
@@ -64,7 +65,8 @@ def window_step(
             pytorch.
 
     Returns:
-        [B, H, D] in the dtype of q; 0 where a row holds nothing. Softmax and sums are in fp32.
+        [B, H, D] in the dtype of q; 0 where a row holds nothing. Softmax and sums are in fp32, or in fp64 for fp64;
+        under autocast too. "pytorch" and "triton" multiply 16-bit numbers as such.
 
     Raises:
         TypeError, ValueError: a dtype, shape or backend does not fit.
@@ -78,7 +80,9 @@ def window_step(
         raise ValueError(f"backend {backend!r} does not exist: choose one of {', '.join(map(repr, BACKENDS))}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = BACKENDS[backend or _fastest(q, key, value, slots, score, real)]
-    return chosen(q, key, value, slots, score, real, sinks, delay, scale)
+    # Autocast would lower the scores, and the output, to 16 bits.
+    with without_autocast(q):
+        return chosen(q, key, value, slots, score, real, sinks, delay, scale)
 
 
 def is_compiled(q: Tensor, slots: Slots) -> bool:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from holdfast.ops.precision import compute_dtype
 from holdfast.ops.window_step.slots import EMPTY, Slots
 
 
@@ -17,8 +18,8 @@ def window_step_reference(
     delay: int,
     scale: float,
 ) -> Tensor:
-    """The contract of `window_step`, in the dtype of its inputs."""
-    out = torch.zeros_like(q)
+    """The contract of `window_step`."""
+    out, exact = torch.zeros_like(q), q.to(compute_dtype(q))
     kv_heads, groups = key.shape[1], q.shape[1] // key.shape[1]
     for b in range(q.shape[0]):
         advances = real is None or bool(real[b])
@@ -33,9 +34,9 @@ def window_step_reference(
             held += [slot < seen + advances for slot in range(slots.ring_size)]
             if not any(held):
                 continue
-            keys, values = slots.keys[b, h, held].to(q.dtype), slots.values[b, h, held].to(q.dtype)
+            keys, values = slots.keys[b, h, held].to(exact.dtype), slots.values[b, h, held].to(exact.dtype)
             for head in range(h * groups, (h + 1) * groups):
-                out[b, head] = torch.softmax(keys @ q[b, head] * scale, dim=0) @ values
+                out[b, head] = torch.softmax(keys @ exact[b, head] * scale, dim=0) @ values
         slots.seen[b] += advances
     return out
 
