@@ -52,6 +52,15 @@ def test_the_delta_rule_in_cpp_counts_as_in_pytorch(sizes: dict[str, int], packe
     assert min(found) > 0
 
 
+def test_the_reference_of_the_delta_rule_counts_token_by_token() -> None:
+    given = make_inputs(131, seed=0, dtype=torch.float32)
+    inputs = [given[name] for name in ("q", "k", "v", "g", "beta")]
+    found, in_chunks = (
+        count(partial(gated_delta_rule, backend=backend), inputs)[0] for backend in ("reference", "chunked")
+    )
+    assert 0 < found < in_chunks
+
+
 def test_the_passage_from_state_to_state_counts_its_products() -> None:
     N, M, C, K, V = 3, 2, 8, 5, 7
     shapes = (N, M, C, V), (N, M, C, K), (N, M, C, K), (N, M, C, C), (N, M, 1, 1), (M, K, V)
@@ -90,6 +99,12 @@ def test_attention_counts_the_pairs_that_are_seen(kind: str, window: int | None,
     whole = sdpa_flop_count(*shapes), sdpa_backward_flop_count(out_shape, *shapes)
     found = count(lambda *x: retained_attention(*x, until, window, backend="blocked"), (q, k, v))
     assert found == tuple(number * seen // pairs for number in whole)
+
+
+def test_the_reference_of_attention_counts_all_pairs() -> None:
+    q, k, v = tensors(70, 40, heads=4, value_dim=24, dtype=torch.float32)
+    found, _ = count(lambda *x: retained_attention(*x, None, 9, backend="reference"), (q, k, v))
+    assert found == sdpa_flop_count(*(x.transpose(1, 2).shape for x in (q, k, v)))
 
 
 @needs_triton

@@ -66,7 +66,9 @@ def retained_attention(
             but for plain causal attention and up to 16 queries, which PyTorch's fused attention serves; else blocked.
 
     Returns:
-        [B, Tq, H, Dv] in the dtype of q. Scores, softmax and sums are in fp32, or in fp64 for fp64; under autocast too.
+        [B, Tq, H, Dv] in the dtype of q. Softmax and sums are in fp32, or in fp64 for fp64; under autocast too. So are
+        products, except that "triton", and PyTorch's fused attention (plainly causal attention, up to 16 queries),
+        multiply 16-bit numbers as such, the weights rounded to 16 bits among them.
 
     Raises:
         TypeError: a dtype does not fit.
