@@ -310,6 +310,18 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "nowhere.json does not exist": ["recall", text, "--tasks", "squad", "--data", str(tmp_path / "nowhere.json")],
         "--data holds one task; say which with --tasks": ["recall", text, "--data", str(tmp_path / "rows.jsonl")],
         "squad.json, SQuAD's questions; leave --tasks out": ["recall", text, "--data", str(squad), "--tasks", "fda"],
+        "squad.json, SQuAD's questions; leave --tasks": [
+            "recall",
+            text,
+            "--data",
+            str(squad),
+            "--tasks",
+            "fda",
+            "squad",
+        ],
+        "reads text": ["needle", text, "--pairs", "3"],
+        "gets the needle task; leave --tasks out": ["needle", tokens, "--tasks", "niah_single_1"],
+        f"{text} is given twice": ["lm-eval", text, text, "--tasks", "any"],
         "SQuAD's questions, and no text to be read on: `holdfast evaluate recall MODEL --data": [
             *("perplexity", text, "--data", str(squad))
         ],
@@ -382,6 +394,12 @@ def test_only_a_text_with_a_token_that_the_model_does_not_know_is_refused(
     ):
         error = refused(capsys, *command)
         assert f"is token 195 of the tokenizer, and {known} knows tokens up to 127" in error
+    whole, json = tmp_path / "whole", tmp_path / "r.json"  # a model that comes first is not asked in vain
+    small_model(vocab_size=259, max_position_embeddings=1000).save_pretrained(whole)
+    byte_tokenizer().save_pretrained(whole)
+    for command in ([*turns, "--haystack", str(foreign)], [*recall, str(questions)]):
+        assert "is token 195" in refused(capsys, command[0], str(whole), *command[1:], "--json", str(json))
+    assert not list(tmp_path.glob("r.*"))
 
 
 def test_a_model_that_an_option_has_taken_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

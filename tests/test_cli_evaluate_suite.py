@@ -236,6 +236,10 @@ def test_everything_on_one_page(
         assert f"<td>{name}</td>" in page
     for name in ("needle-task", "turns-task", "perplexity", "scorers-lalte", "efficiency"):
         assert json.loads((models / "out" / f"{name}.json").read_text())
+    turns = json.loads((models / "out" / "turns-task.json").read_text())["models"]
+    scripts = [model["script"] for model in turns.values()]
+    assert scripts
+    assert all(script["asides"] for script in scripts)
 
 
 def test_what_was_measured_is_kept(
@@ -436,7 +440,7 @@ def test_recall_asks_questions_that_the_seed_draws(models: Path) -> None:
     options = ["--parts", "recall", "--squad", str(squad), "--samples", "2", "--seed", "3"]
     assert main(["evaluate", "all", str(models / "text"), *options, "--output", str(models / "out")]) == 0
     found = json.loads((models / "out" / "recall.json").read_text())
-    assert (found["settings"]["seed"], found["settings"]["limit"]) == (3, 2)
+    assert (found["settings"]["seed"], found["settings"]["samples"]) == (3, 2)
     records = map(json.loads, (models / "out" / "recall.samples.jsonl").read_text().splitlines())
     drawn = load_recall("squad", squad, limit=2, seed=3)
     assert {record["answers"][0] for record in records} == {sample.answers[0] for sample in drawn} != {"0", "1"}

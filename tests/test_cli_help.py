@@ -76,7 +76,11 @@ def test_a_command_of_several_lists_them_shortly(
         ("evaluate perplexity M", "Missing: --data DATA A file ("),
         ("evaluate recall M --data", "--data lacks its value. ("),
         ("evaluate recall M --seed x", "--seed is 'x'; give an integer. ("),
-        ("evaluate turns M --turns x", "--turns cannot be 'x'. ("),
+        ("evaluate turns M --turns x", "--turns is 'x'; give an integer. ("),
+        ("evaluate perplexity M --data T --batch-size x", "--batch-size is 'x'; give an integer. ("),
+        ("evaluate needle M --length 3 x", "--length cannot be '3', 'x'. ("),
+        ("evaluate needle M --lenght -5 --foo", "Unrecognized options: --lenght, --foo; did you mean --length? ("),
+        (f"evaluate needle M --{'x' * 90}", f"Unrecognized option: --{'x' * 90} ("),
         ("kernels --targets sm_9", "There is no target 'sm_9' (did you mean 'sm_90'?)."),
     ],
 )

@@ -1,6 +1,7 @@
 """Files of results: what an evaluation replaces, what it refuses to, and what it says of it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_results_of_others_are_not_replaced_in_silence(run: Run) -> None:
     assert list(json.loads(Path("r.json").read_text())["models"]) == ["b"]
     told = run(*perplexity("b", bins=4))
     assert told.startswith("r.json: the results of b, which were measured with other settings, are replaced.")
+
+
+def test_another_model_of_the_same_name_and_another_plan_are_told(run: Run) -> None:
+    assert run(*perplexity("a")) == ""
+    Path("other").mkdir()
+    shutil.copytree("b", "other/a")
+    assert run(*perplexity("other/a")).startswith("r.json: the results of a are replaced.")
+    Path("r.json").unlink()
+    turns = ["turns", "a", "--facts", "1", "--questions", "1", "--turn-length", "400", "--samples", "1", "--beyond"]
+    assert run(*turns, "--turns", "1") == ""
+    assert run(*turns, "--turns", "1") == ""
+    assert "the results of a are replaced" in run(*turns, "--turns", "2")
 
 
 def test_results_of_scorers(run: Run) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast import HybridCache, HybridConfig, HybridForCausalLM
 from holdfast.cli import main
+from holdfast.files import UnreadableError
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ModelFactory = Callable[..., HybridForCausalLM]
@@ -232,7 +233,7 @@ def test_a_damaged_file_of_weights_is_named(
     small_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")
     whole, damaged, *_ = sorted((tmp_path / "model").glob("*.safetensors"))
     damaged.write_bytes(damage(damaged.read_bytes()))
-    with pytest.raises(OSError, match=rf"{damaged.name} cannot be read \(.+\); copy or download") as error:
+    with pytest.raises(UnreadableError, match=rf"{damaged.name} cannot be read \(.+\); copy or download") as error:
         HybridForCausalLM.from_pretrained(tmp_path / "model")
     assert whole.name not in str(error.value)
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "published"]) == 1

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from holdfast.configuration import AUTO_FILE
+from holdfast.configuration import AUTO_FILE, HybridConfig
 from holdfast.files import read_json
 from holdfast.loading import PICKLE_PATTERNS
 from holdfast.modeling import HybridForCausalLM
@@ -78,6 +78,8 @@ def convert(
         raise FileExistsError(f"{target} exists already: choose another target, or give overwrite=True.")
     folder = _local_folder(source, allow_pickle)
     _check(folder, target)
+    if format == "published":
+        to_published(HybridConfig.from_pretrained(folder))  # before the weights are read
     use_safetensors = not allow_pickle or any(folder.glob("*.safetensors"))  # which are taken where both are there
     model = HybridForCausalLM.from_pretrained(folder, use_safetensors=use_safetensors, dtype=dtype or "auto")
     published = to_published(model.config) if format == "published" else None

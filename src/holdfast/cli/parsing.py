@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
@@ -23,9 +24,10 @@ HELP = ("-h", "--help")
 UNKNOWN = "Unrecognized options:"
 REWORDED = (
     (r"^Error parsing [A-Z]\w+: ", ""),  # the name of a class says nothing to a user
+    (r"^Error parsing (\S+): .*invalid literal for int\(\) with base 10: ('[^']*').*", r"\1 is \2; give an integer."),
+    (r"^Error parsing (\S+): .*could not convert string to float: ('[^']*').*", r"\1 is \2; give a number."),
     (r"^Error parsing (\S+): .*could be instantiated from \[(.*)\]\..*", r"\1 cannot be \2."),
-    (r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 is \2; give an integer."),
-    (r"^Error parsing (\S+): could not convert string to float: (.*)", r"\1 is \2; give a number."),
+    (r"^Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1 cannot be \2."),
     (r"^Missing value for argument '(.*)'\. Expected 1 values\.", r"\1 lacks its value."),
     (r"^Missing from [^:]*: ", "Missing: "),
     (r" \(required\)", ""),
@@ -60,17 +62,31 @@ def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str | 
         # By itself, so that only its own options can be suggested.
         return parse(commands[name], rest, prog=f"{prog} {name}", description=None)
     defaults = {} if default is None else {"default": default}
-    printed, shown = io.StringIO(), HelpText()
+    defaults |= {"prog": prog, "description": description and joined(description)}
+    shown = HelpText()
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown), readable():
-            described = description and joined(description)
-            return tyro.cli(kind, args=list(arguments), prog=prog, description=described, **defaults)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(shown), readable():
+            return tyro.cli(kind, args=list(arguments), **defaults)
     except SystemExit as stop:
         if not stop.code:
             shown.print()
             raise
-    message = _in_one_line(printed.getvalue(), lambda: _options(kind, defaults))
+    message = _in_one_line(_box(kind, arguments, defaults), lambda: _options(kind, defaults))
     raise UsageError(f"{message} (`{prog} --help` shows all options)")
+
+
+def _box(kind: Any, arguments: Sequence[str], options: dict[str, Any]) -> str:
+    """What tyro says of wrong arguments; of a terminal so wide that no word is broken."""
+    printed, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.suppress(SystemExit), readable():
+            tyro.cli(kind, args=list(arguments), **options)
+    finally:
+        del os.environ["COLUMNS"]
+        if width is not None:
+            os.environ["COLUMNS"] = width
+    return printed.getvalue()
 
 
 def _options(kind: Any, defaults: dict[str, Any]) -> list[str]:
@@ -93,7 +109,8 @@ def _in_one_line(box: str, options: Callable[[], Sequence[str]]) -> str:
     unknown = [text for text in _parts(lines) if text.startswith(UNKNOWN)]
     if unknown:  # said first where something is missing too: it may be the same option
         return _unknown(unknown[0].removeprefix(UNKNOWN).replace(",", "").split(), options())
-    text = next(iter(_parts(lines)), "")
+    text, *more = [*_parts(lines), ""]
+    text += "".join(f" {part}" for part in more if part.startswith("Got errors:"))
     for pattern, instead in REWORDED:
         text = re.sub(pattern, instead, text)
     if (choice := re.search(r"invalid choice '(.*)' for .* Expected one of \((.*)\)", text)) is not None:
@@ -111,7 +128,7 @@ def _parts(lines: Sequence[str]) -> Iterator[str]:
 
 def _unknown(arguments: Sequence[str], known: Sequence[str]) -> str:
     """Options that there are not, without their values, and what the first may have been meant for."""
-    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    options = [argument.partition("=")[0] for argument in arguments if re.match("--?[A-Za-z]", argument)]
     named = options or arguments
     text = f"Unrecognized {'option' if options else 'argument'}{'s'[: len(named) > 1]}: {', '.join(named)}"
     sections = {name.rpartition(".")[2]: name for name in reversed(known)}  # --max-steps for --training.max-steps

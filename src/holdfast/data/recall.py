@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ RECALL_TASKS = {
 """Where each task lies on the Hugging Face hub; its split is `validation`, with columns `text` and `value`."""
 
 QUESTION = "Title: {title}\n\nBackground: {context}\n\nQuestion: {question}\n\nAnswer:"
+
+_START_OF_SQUAD = re.compile(r'\s*\{\s*"(version|data)"\s*:')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +108,15 @@ def _articles(path: Path) -> list[Any] | None:
     """What a JSON file has under `data`, where SQuAD's have articles; None of any other."""
     if path.suffix != ".json" or not path.is_file():
         return None
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # lines of JSON, or no JSON at all: the reader of columns says which
-        return None
+        content = json.loads(text)
+    except ValueError as error:
+        if _START_OF_SQUAD.match(text):
+            raise UnreadableError(
+                f"cannot read {path}: it begins as SQuAD's questions and is no JSON ({error})."
+            ) from error
+        return None  # lines of JSON, or no JSON at all: the reader of columns says which
     articles = content.get("data") if isinstance(content, dict) else None
     return articles if isinstance(articles, list) else None
 

@@ -87,7 +87,9 @@ def evaluate_perplexity(
     with evaluating(model):
         for batch in _tracked(batches, description, count, batch_size, progress=progress):
             edges = edges if names else _edges(len(batch[0]["input_ids"]), position_bins)
-            _check_lengths(batch, int(edges[-1]), len(names))
+            _check_blocks(
+                batch, int(edges[-1]), len(names), getattr(getattr(model, "config", None), "vocab_size", None)
+            )
             named = {f"{index}/{block_digest(block)}": block for index, block in enumerate(batch, start=len(names))}
             waiting = {name: block for name, block in named.items() if name not in log.records}
             if waiting:
@@ -123,11 +125,16 @@ def _batches(blocks: Iterable[dict[str, torch.Tensor]], size: int) -> Iterator[l
         yield batch
 
 
-def _check_lengths(batch: list[dict[str, torch.Tensor]], length: int, first: int) -> None:
+def _check_blocks(batch: list[dict[str, torch.Tensor]], length: int, first: int, vocab_size: int | None) -> None:
     for index, block in enumerate(batch, start=first):
         if len(block["input_ids"]) != length:
             raise ValueError(
                 f"block {index} has {len(block['input_ids'])} tokens, block 0 has {length}; give blocks of one length."
+            )
+        if vocab_size is not None and (highest := int(block["input_ids"].max())) >= vocab_size:
+            raise ValueError(
+                f"block {index} has token {highest:,}, and the model knows {vocab_size:,} tokens; give text in "
+                "tokens of its own tokenizer."
             )
 
 

@@ -191,6 +191,17 @@ def evaluate_ruler(
     return RulerResult(tuple(cells), len(places) - sum(map(len, batches)))
 
 
+def prompts(settings: RulerSettings, tokenizer: Any) -> Iterator[tuple[int, ...]]:
+    """Token ids of all that `evaluate_ruler` asks, one by one.
+
+    Raises:
+        ValueError: at once, if needles and question do not fit in a length.
+    """
+    samplers = _samplers(settings, tokenizer, itertools.product(settings.tasks, settings.lengths))
+    places = itertools.product(samplers.values(), settings.depths, range(settings.samples))
+    return (sampler.sample(depth, index).ids for sampler, depth, index in places)
+
+
 def found_answers(given: str, answers: Sequence[str]) -> list[bool]:
     """Which answers stand in what the model gave, letter case aside, after RULER's clean-up of control characters."""
     cleaned = re.sub(r"[\x00-\x1f]", "\n", given.strip()).strip().lower()

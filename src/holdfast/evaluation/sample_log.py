@@ -59,7 +59,8 @@ class SampleLog:
             for number, line in enumerate(content[:whole].splitlines(), start=1):
                 record = _parsed(line)
                 if record is None:
-                    raise UnreadableError(f"line {number} of {path} is no answer of an evaluation; give another file.")
+                    advice = "remove that line, or give another file"
+                    raise UnreadableError(f"line {number} of {path} is no answer of an evaluation; {advice}.")
                 if record.pop("run") == self.run:
                     self.records[record.pop("sample")] = record
             file.truncate(whole)

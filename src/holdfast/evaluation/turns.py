@@ -21,7 +21,7 @@ from holdfast.evaluation.limits import check_length, check_texts, check_tokenize
 from holdfast.evaluation.sample_log import SampleLog
 from holdfast.pictures import picture
 
-__all__ = ["TurnsResult", "evaluate_turns", "plot_turns"]
+__all__ = ["TurnsResult", "evaluate_turns", "plot_turns", "told_texts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def evaluate_turns(
     log = SampleLog(None, {}) if log is None else log
     waiting = [index for index in range(conversations) if str(index) not in log.records]
     if script.tokenizer is not None:
-        check_texts(_said(script, seed, waiting), script.tokenizer, model.config)
+        check_texts(told_texts(script, seed, waiting), script.tokenizer, model.config)
     stop = frozenset() if script.tokenizer is None else line_break_tokens(script.tokenizer)
     batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
     with evaluating(model):
@@ -135,7 +135,7 @@ def plot_turns(results: Mapping[str, TurnsResult], path: str | Path) -> Path:
     return Path(path)
 
 
-def _said(script: TurnScript, seed: int, conversations: Iterable[int]) -> Iterator[Sequence[int]]:
+def told_texts(script: TurnScript, seed: int, conversations: Iterable[int]) -> Iterator[Sequence[int]]:
     """The tokens of all that is told and asked."""
     for index in conversations:
         for question in script.conversation(seed, index):

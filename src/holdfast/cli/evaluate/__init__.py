@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import tyro
 
-from holdfast.cli.common import model_directory
+from holdfast.cli.common import model_directory, refuse_twice
 from holdfast.cli.errors import UsageError, usage_errors
 from holdfast.cli.evaluate.common import MODELS_FIRST, check_command
 from holdfast.cli.evaluate.efficiency import Efficiency
@@ -113,8 +113,9 @@ def _lm_eval(arguments: Sequence[str]) -> None:
             return list_tasks(what, read)
         if not models:
             raise UsageError("Give the models first: `holdfast evaluate lm-eval MODEL_DIR --tasks TASKS [OPTIONS]`.")
-        directories = [str(model_directory(model)) for model in models]
+        directories = [model_directory(model) for model in models]
+        refuse_twice(models, directories)
         from holdfast.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed; `pip install 'holdfast[eval]'` brings it.") from error
-    run_harness(directories, options)
+    run_harness([str(directory) for directory in directories], options)

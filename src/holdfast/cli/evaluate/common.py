@@ -296,7 +296,7 @@ def log_beside(path: Path) -> Path:
 
 def write_results(path: Path, evaluation: str, settings: Mapping[str, Any], models: Mapping[str, Any]) -> None:
     """Write the results of each model, with the settings (the seed among them), machine, versions and commit; say so
-    where results of other models, or with other settings, are lost by it.
+    where other results are lost by it: of another model, of one of the same name, or with other settings.
 
     Raises:
         UsageError: if something else lies there by now.
@@ -306,7 +306,8 @@ def write_results(path: Path, evaluation: str, settings: Mapping[str, Any], mode
     record = {"settings": dict(settings), "machine": describe_machine(), "models": dict(models)}
     old, new = _results_in(path, evaluation), json.loads(json.dumps({"evaluation": evaluation, **record}))
     others = old.get("settings") != new["settings"]
-    lost = [name for name in old.get("models", ()) if others or name not in new["models"]]
+    kept = {name: _answers(found) for name, found in new["models"].items()}
+    lost = [name for name, found in old.get("models", {}).items() if others or kept.get(name) != _answers(found)]
     write_json(path, new)
     if lost:
         why = ", which were measured with other settings," if others else ""
@@ -315,6 +316,13 @@ def write_results(path: Path, evaluation: str, settings: Mapping[str, Any], mode
             f"{log_beside(path)}, where a call like theirs with --json finds it.",
             soft_wrap=True,
         )
+
+
+def _answers(results: Any) -> Any:
+    """Results without how many of the answers came from a log, which is not the same in the call that goes on."""
+    if isinstance(results, dict):
+        return {name: _answers(value) for name, value in results.items() if name != "resumed"}
+    return [_answers(value) for value in results] if isinstance(results, list) else results
 
 
 def show_share(share: Share | None) -> str:

@@ -21,6 +21,7 @@ from holdfast.cli.evaluate.common import (
     read_text_models,
     reads_text,
     refuse_lengths,
+    refuse_unknown_tokens,
     require_positive,
     show_share,
     shown_names,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 class TextOptions:
     """For models that read text: RULER's needles in haystacks."""
 
-    tasks: tuple[str, ...] = ("niah_single_1",)
-    """RULER's names: niah_single_1 (noise), _2 (essays), _3 (essays, UUIDs), niah_multikey_1, _2, _3, niah_multivalue,
-    niah_multiquery; or all."""
+    tasks: tuple[str, ...] = ()
+    """RULER's names: niah_single_1 (noise; the default), _2 (essays), _3 (essays, UUIDs), niah_multikey_1, _2, _3,
+    niah_multivalue, niah_multiquery; or all."""
     haystack: tuple[str, ...] = ()
     """Texts for the tasks with essays: files (txt, parquet, jsonl), directories (all their text files), or data sets on
     the hub (split train)."""
@@ -112,11 +113,11 @@ class Needle:
 
     def _find_in_text(self, directories: list[Path]) -> Table:
         from holdfast.data.ruler import RULER_TASKS
-        from holdfast.evaluation.ruler import RulerSettings, evaluate_ruler, plot_ruler
+        from holdfast.evaluation.ruler import RulerSettings, evaluate_ruler, plot_ruler, prompts
 
         with usage_errors():
             settings = RulerSettings(
-                tasks=tuple(RULER_TASKS) if self.text.tasks == ("all",) else self.text.tasks,
+                tasks=tuple(RULER_TASKS) if self.text.tasks == ("all",) else self.text.tasks or ("niah_single_1",),
                 lengths=self.length or (min(map(trained_length, directories)),),
                 depths=self.text.depths,
                 samples=10 if self.samples is None else self.samples,
@@ -126,20 +127,23 @@ class Needle:
             )
         refuse_lengths(directories, max(settings.lengths), self.beyond)
         tokenizers = read_text_models(directories)
+        for directory, tokenizer in tokenizers.items():
+            with usage_errors():  # a length may be too short for a question
+                asked = prompts(settings, tokenizer)
+            refuse_unknown_tokens(asked, tokenizer, directory)
         names = shown_names(directories)
         results = {}
         for directory in directories:
             model = read_model(directory, self.dtype)
             log = open_log(self.json, "needle", directory, self._determining(settings))
-            with usage_errors():  # a length may be too short for a question
-                results[names[directory]] = evaluate_ruler(
-                    model,
-                    tokenizers[directory],
-                    settings,
-                    log=log,
-                    batch_size=4 if self.batch_size is None else self.batch_size,
-                    beyond=self.beyond,
-                )
+            results[names[directory]] = evaluate_ruler(
+                model,
+                tokenizers[directory],
+                settings,
+                log=log,
+                batch_size=4 if self.batch_size is None else self.batch_size,
+                beyond=self.beyond,
+            )
         table = _show_text(results)
         if self.json is not None:
             models = {name: result.to_dict() for name, result in results.items()}

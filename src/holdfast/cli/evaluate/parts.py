@@ -118,6 +118,7 @@ def _conversations(chosen: All, text: tuple[Path, ...], tokens: tuple[Path, ...]
                     lowered_from=None if wanted == (plan.turns, plan.facts, plan.questions) else wanted,
                     turn_length=told // plan.turns,
                     samples=max(1, chosen.samples // 8),
+                    asides=group == tokens,  # these have never read on after an answer
                     haystack=chosen.haystack if group == text else (),
                     **_common(chosen),
                     **_files(chosen, name),

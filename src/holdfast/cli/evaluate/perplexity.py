@@ -90,7 +90,7 @@ class Perplexity:
         """Evaluate, and show a table; returns it."""
         from holdfast.evaluation.perplexity import evaluate_perplexity
 
-        directories = list(dict.fromkeys(model_directories(self.models, "perplexity")))
+        directories = model_directories(self.models, "perplexity")
         tokenizers = read_text_models(directories, english=False)
         length = block_length(directories, self.length, self.beyond)
         text = TextBlocks(self.data, self.split, self.column, self.config, length, self.samples, self.isolate)
@@ -160,6 +160,8 @@ class TextBlocks:
             UsageError: naming the token and the model.
         """
         count = min(len(blocks), self.max_blocks or len(blocks))
+        if self.max_blocks is not None and count < self.max_blocks:
+            error_console().print(f"{self.data} has {count:,} blocks of {self.length:,} tokens.", soft_wrap=True)
         texts = (blocks[index]["input_ids"].tolist() for index in range(count))
         refuse_unknown_tokens(texts, tokenizer, directory)
 

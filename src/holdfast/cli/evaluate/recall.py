@@ -23,6 +23,7 @@ from holdfast.cli.evaluate.common import (
     shown_names,
     write_results,
 )
+from holdfast.files import UnreadableError
 
 if TYPE_CHECKING:
     from holdfast.data.recall import RecallSample
@@ -102,7 +103,7 @@ class Recall:
         if self.data is None:
             return tasks
         if is_published_squad(self.data):
-            if "squad" not in tasks:
+            if self.tasks not in ((), ("squad",)):
                 raise UsageError(f"--data is {self.data}, SQuAD's questions; leave --tasks out, or give --tasks squad.")
             return ("squad",)
         if len(tasks) > 1:
@@ -117,6 +118,8 @@ class Recall:
                 return load_recall(task, self.data, limit=self.samples, seed=self.seed)
         try:
             return load_recall(task, limit=self.samples, seed=self.seed)
+        except UnreadableError:
+            raise
         except (ValueError, FileNotFoundError) as error:
             advice = f"or give a file of the task: --tasks {task} --data FILE"
             raise UsageError(f"{one_line(error)}; {advice}") from error
@@ -150,7 +153,7 @@ class Recall:
         settings = {
             "tasks": list(next(iter(results.values()))),
             "data": None if self.data is None else Path(self.data).name,
-            "limit": self.samples,
+            "samples": self.samples,
             "new_tokens": self.new_tokens,
             "dtype": self.dtype,
             "seed": self.seed,

@@ -41,7 +41,7 @@ def own_task_measures(
     try:
         tasks = {directory: read_task(directory) for directory in directories}
     except UsageError as error:
-        raise UsageError(f"{error} Or give --data TEXT.") from error
+        raise UsageError(f"{error} Give --data TEXT for models of text.") from error
     for directory, task in tasks.items():
         refuse_lengths([directory], task.length, beyond)
     drawn = {"samples": samples, "seed": seed}

@@ -21,6 +21,7 @@ from holdfast.cli.evaluate.common import (
     read_text_models,
     reads_text,
     refuse_lengths,
+    refuse_unknown_tokens,
     require_positive,
     show_share,
     shown_names,
@@ -85,7 +86,7 @@ class Turns:
 
     def run(self) -> list[Table]:
         """Evaluate, and show a table; returns it."""
-        from holdfast.evaluation.turns import evaluate_turns, plot_turns
+        from holdfast.evaluation.turns import evaluate_turns, plot_turns, told_texts
 
         directories = model_directories(self.models, "turns")
         told = min(map(trained_length, directories)) - 1
@@ -101,22 +102,24 @@ class Turns:
             told_of = f"these models, trained on {told + 1:,} tokens"
             remark = f"{_spelt(lowered_from)} do not fit {told_of}: {_spelt(plan)} instead."
             error_console().print(remark, soft_wrap=True)
+        for directory, script in scripts.items():
+            if script.tokenizer is not None:
+                refuse_unknown_tokens(told_texts(script, self.seed, range(self.samples)), script.tokenizer, directory)
         names = shown_names(directories)
         settings = {"seed": self.seed, "dtype": self.dtype}
         results = {}
         for directory, script in scripts.items():
             model = read_model(directory, self.dtype)
             log = open_log(self.json, "turns", directory, {**script.to_dict(), **settings})
-            with usage_errors():  # what is told may have a token that the model does not know
-                results[names[directory]] = evaluate_turns(
-                    model,
-                    script,
-                    conversations=self.samples,
-                    seed=self.seed,
-                    log=log,
-                    batch_size=self.batch_size,
-                    beyond=self.beyond,
-                )
+            results[names[directory]] = evaluate_turns(
+                model,
+                script,
+                conversations=self.samples,
+                seed=self.seed,
+                log=log,
+                batch_size=self.batch_size,
+                beyond=self.beyond,
+            )
         table = _show(results)
         if self.json is not None:
             models = {
