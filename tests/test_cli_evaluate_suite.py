@@ -212,7 +212,7 @@ def test_everything_on_one_page(
     rows = [re.sub(r"<.*?>", "", row) for row in re.findall(r"<tr><td>(.*?)</td>", head)]
     at = "at 24 tokens"
     costs = [f"cache {at}", f"generated tokens/s {at}", f"read tokens/s {at}"]
-    tasks = ["needle task, beyond the window", "8 turns, needle task"]
+    tasks = ["needle task, beyond the window", "8 turns, needle task, asked aside"]
     assert rows == [*tasks, "perplexity, blocks of 300 tokens", *costs]
     assert "generated tokens/s" in capsys.readouterr().out
     assert "<b>" not in page

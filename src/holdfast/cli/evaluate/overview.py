@@ -138,7 +138,7 @@ def _needle_task(results: Mapping[str, Any], place: int) -> Iterator[Number]:
 def _turns(results: Mapping[str, Any], place: int) -> Iterator[Number]:
     for model, entry in results["models"].items():
         script = entry["script"]
-        what = "text" if script["kind"] == "text" else "needle task"
+        what = ("text" if script["kind"] == "text" else "needle task") + (", asked aside" if script["asides"] else "")
         yield Number(f"{script['turns']} turns, {what}", model, _share(entry["total"]), place)
 
 
