@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -87,13 +87,7 @@ def convert(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch) / "new"
-        model.save_pretrained(made)
-        if published is not None:
-            (made / AUTO_FILE).unlink()
-            (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-        for path in _beside_the_weights(folder):
-            if path.name != GENERATION_CONFIG_NAME:  # which the model has written
-                shutil.copyfile(path, made / path.name)
+        _write(model, published, folder, made)
         if target.exists():
             target.rename(Path(scratch) / "old")  # deleted with the scratch directory
         made.rename(target)
@@ -103,6 +97,17 @@ def convert(
             "only further training differs, and what other programs do that read these."
         )
     return target
+
+
+def _write(model: HybridForCausalLM, published: dict[str, Any] | None, folder: Path, made: Path) -> None:
+    """Write a directory with the model, with the `published` config.json if there is one, and what lies in `folder`."""
+    model.save_pretrained(made)
+    if published is not None:
+        (made / AUTO_FILE).unlink()
+        (made / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    for path in _beside_the_weights(folder):
+        if path.name != GENERATION_CONFIG_NAME:  # which the model has written
+            shutil.copyfile(path, made / path.name)
 
 
 def _check(folder: Path, target: Path) -> None:

@@ -69,10 +69,7 @@ def evaluate_perplexity(
         TypeError: an argument is no model, no blocks, no `TokenBytes` or no log.
         ValueError: a count is below 1, blocks differ in length, or there is no token to predict.
     """
-    counts = {"batch_size": batch_size, "position_bins": position_bins, "max_blocks": max_blocks}
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; give at least 1.")
+    _check_counts(batch_size=batch_size, position_bins=position_bins, max_blocks=max_blocks)
     check_model(model)
     check_log(log)
     if token_bytes is not None:
@@ -97,6 +94,12 @@ def evaluate_perplexity(
                 log.append(dict(zip(waiting, records, strict=True)))
             names += named
     return _result(names, log.records, edges)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; give at least 1.")
 
 
 def block_digest(block: Mapping[str, torch.Tensor]) -> str:

@@ -71,10 +71,7 @@ def evaluate_recall(
     check_model(model, hybrid=True)
     check_tokenizer_kind(tokenizer)
     check_log(log)
-    wanted = "RecallSamples, such as those of holdfast.data.recall.load_recall('squad', path)"
-    check_kind("samples", samples, Sequence, f"a list of {wanted}")
-    for index, sample in enumerate(samples):
-        check_kind(f"sample {index}", sample, RecallSample, wanted)
+    _check_samples(samples)
     if not samples or min(new_tokens, batch_size) < 1:
         raise ValueError("give at least one sample, and new_tokens and batch_size of at least 1.")
     check_tokenizer(tokenizer, model.config)
@@ -107,6 +104,13 @@ def evaluate_recall(
             )
     share = _share(samples, [log.records[name]["contains"] for name in names])
     return RecallResult(share, sum(lengths) / len(lengths), max(lengths), len(names) - len(waiting))
+
+
+def _check_samples(samples: Any) -> None:
+    wanted = "RecallSamples, such as those of holdfast.data.recall.load_recall('squad', path)"
+    check_kind("samples", samples, Sequence, f"a list of {wanted}")
+    for index, sample in enumerate(samples):
+        check_kind(f"sample {index}", sample, RecallSample, wanted)
 
 
 def contains_an_answer(given: str, answers: Sequence[str]) -> bool:
