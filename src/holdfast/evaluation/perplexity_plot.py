@@ -89,6 +89,8 @@ def _draw_differences(axes: Axes, result: PerplexityResult, first: PerplexityRes
 
 def _draw_band(axes: Axes, at: Sequence[float], ends: Sequence[tuple[float, float]], colour: str) -> None:
     low, high = zip(*ends, strict=True)
+    if len(at) == 1:  # a band of no width
+        axes.vlines(at, low, high, color=colour, linewidth=1.5)
     axes.fill_between(at, low, high, color=colour, alpha=BAND, linewidth=0)
 
 
