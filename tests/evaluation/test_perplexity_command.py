@@ -109,3 +109,10 @@ def test_an_unfit_model_among_several_is_named(models: Path, capsys: pytest.Capt
     assert f"{models / 'tasks'} has no tokenizer.json" in refused(capsys, *argv)
     assert "Give at least one model directory" in refused(capsys, "perplexity", *text)
     assert "--plot is p.txt; give a file that ends in .png" in refused(capsys, *argv[:2], *text, "--plot", "p.txt")
+
+
+def test_more_samples_than_there_are_are_told_of(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = evaluate(models, "one", options=("--samples", "9999"))["models"]["one"]["blocks"]
+    assert f"text.txt has {blocks} blocks, fewer than --samples 9,999." in " ".join(capsys.readouterr().err.split())
+    evaluate(models, "one", options=("--samples", "2"))
+    assert "fewer than" not in capsys.readouterr().err

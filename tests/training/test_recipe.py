@@ -72,12 +72,14 @@ def test_published_recipes_can_be_shared_by_many_devices():
         assert recipe.training.accumulation % 32 == 0
 
 
-def test_needle_baselines_differ_from_lalte_in_the_mixer_only():
+def test_needle_baselines_differ_from_lalte_in_the_mixer_and_the_learning_rate_only():
     lalte = load_recipe("needle-lalte")
-    for name in ("needle-gdn", "needle-gdn-swa", "needle-gdn-full", "needle-lansa"):
+    rates = {"needle-gdn": 1e-2, "needle-gdn-swa": 1e-2, "needle-gdn-full": 5e-3, "needle-lansa": 5e-3}
+    for name, rate in rates.items():
         recipe = load_recipe(name)
         assert recipe.model["mixers"] != lalte.model["mixers"]
-        assert (recipe.training, recipe.data) == (lalte.training, lalte.data)
+        training = dataclasses.replace(lalte.training, learning_rate=rate)
+        assert (recipe.training, recipe.data) == (training, lalte.data)
         assert recipe.model.keys() == lalte.model.keys()
 
 

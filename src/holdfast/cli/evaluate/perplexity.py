@@ -109,6 +109,10 @@ class Perplexity:
                 log=open_log(self.json, "perplexity", directory, determining, "blocks"),
                 description="perplexity" if len(names) == 1 else f"perplexity, model {number} of {len(names)}",
             )
+        read = max(result.blocks for result in results.values())
+        if self.samples is not None and read < self.samples:
+            remark = f"{self.data} has {read:,} blocks, fewer than --samples {self.samples:,}."
+            error_console().print(remark, soft_wrap=True)
         table = _show(results, text)
         if self.json is not None:
             settings = {**text.to_dict(), "bins": self.bins, "dtype": self.dtype, "seed": None}  # nothing is drawn
@@ -160,8 +164,6 @@ class TextBlocks:
             UsageError: naming the token and the model.
         """
         count = min(len(blocks), self.max_blocks or len(blocks))
-        if self.max_blocks is not None and count < self.max_blocks:
-            error_console().print(f"{self.data} has {count:,} blocks of {self.length:,} tokens.", soft_wrap=True)
         texts = (blocks[index]["input_ids"].tolist() for index in range(count))
         refuse_unknown_tokens(texts, tokenizer, directory)
 
