@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP) ## run all tests, JOBS=2 processes at a time
 	$(BIN)/python -m pytest -n $(JOBS)
 
-demo: $(STAMP) ## train five small models and compare what they remember (7 to 10 minutes on two cores)
+demo: $(STAMP) ## train five small models and compare what they remember (5 to 10 minutes on two cores)
 	$(BIN)/holdfast demo
 
 demo-short: $(STAMP) ## the same, cut short (2 minutes)
