@@ -49,8 +49,11 @@ def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerFast:
 def _published_config(name: str) -> PreTrainedConfig | None:
     """What a published config.json says, whose type no Auto class knows: it would be read as one of no type at all.
 
-    None where `AutoTokenizer` reads the configuration beside the tokenizer itself, or there is none.
+    None where `AutoTokenizer` reads the configuration beside the tokenizer itself, or there is none in a directory; the
+    hub is not asked twice.
     """
+    if not Path(name).is_dir():
+        return None
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError):

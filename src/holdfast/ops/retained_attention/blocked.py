@@ -21,7 +21,7 @@ from torch import Tensor
 from holdfast.ops.flops import attention_flops, count_with, retained_pairs
 from holdfast.ops.precision import compute_dtype, without_autocast
 from holdfast.ops.retained_attention import native
-from holdfast.ops.second_derivatives import differentiable_once, refuse_in
+from holdfast.ops.second_derivatives import refuse_in
 
 # Up to this many queries (decoding, short chunks) all keys are read at once.
 _FEW_QUERIES = 16
@@ -48,12 +48,10 @@ def retained_attention_blocked(
     Plain causal attention, and a few queries on many keys, go to PyTorch's fused attention.
     """
     if q.shape[1] == k.shape[1] and _is_causal(visible_until, window, k.shape[1]):
-        q, k, v = differentiable_once("retained_attention", "blocked", q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
     if q.shape[1] <= _FEW_QUERIES or q.shape[0] == 0:
-        q, k, v = differentiable_once("retained_attention", "blocked", q, k, v)
         return _few_queries(q, k, v, visible_until, window, scale)
     return _in_tiles(q, k, v, visible_until, window, scale)
 
